@@ -1,0 +1,1 @@
+"""Grain pipelines: sources, images, loader."""

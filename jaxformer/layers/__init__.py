@@ -1,0 +1,1 @@
+"""Stateless linen modules that models are made of."""

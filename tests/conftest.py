@@ -1,0 +1,21 @@
+"""Every test sees 8 CPU devices, strict shapes and a compilation cache."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where a TPU's library is installed.
+
+import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

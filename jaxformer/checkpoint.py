@@ -1,0 +1,276 @@
+"""Checkpoints: Orbax writes them, and a digest of every leaf proves them on the way back.
+
+Orbax gives the asynchronous, atomic, sharded save. It does not notice a flipped bit in
+array data, so each leaf has a digest here, computed where the leaf lies: the same number
+on any mesh, and certain to change when one element does.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, PyTree, UInt32
+
+from jaxformer.errors import InputError
+from jaxformer.sharding import path_name
+
+# Items of one checkpoint: arrays, data iterator, experiment, digests.
+_ITEMS = ("state", "data", "experiment", "digests")
+
+
+def open_manager(
+    directory: str | pathlib.Path,
+    *,
+    last: int = 2,
+    best: int = 1,
+    metric: str | None = None,
+) -> ocp.CheckpointManager:
+    """Opens a directory of checkpoints for writing, one folder a step.
+
+    Args:
+      directory: made where it does not exist.
+      last: how many of the newest stay.
+      best: how many of the best by `metric` stay, beside them.
+      metric: a name in the metrics that `save` is given; the greatest is the best.
+    """
+    preservation = ocp.checkpoint_managers.preservation_policy
+    policies = [preservation.LatestN(last)]
+    if metric is not None:
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics.get(metric, float("-inf"))
+
+        policies.append(preservation.BestN(get_metric_fn=score, n=best))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    try:
+        return ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS
+        )
+    except OSError as error:
+        raise InputError(
+            f"{directory}: checkpoints cannot be written there ({error.strerror}); choose "
+            "another directory with --workdir"
+        ) from error
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: PyTree,
+    data: grain.DatasetIterator,
+    experiment: dict[str, Any],
+    metrics: dict[str, float] | None = None,
+) -> None:
+    """Begins to write a checkpoint and returns while the disk works.
+
+    Args:
+      manager: see `open_manager`. `manager.wait_until_finished()` waits for the disk.
+      step: its number.
+      state: arrays, wherever they lie. They may be donated once this returns.
+      data: the data iterator; its position is saved.
+      experiment: a description that the run must match to be resumed.
+      metrics: what the best is chosen by.
+    """
+    digests = {name: [int(d) for d in pair] for name, pair in digest(state).items()}
+    proof = {
+        "state": digests,
+        "data": _sha(data.get_state()),
+        "experiment": _sha(experiment),
+    }
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=grain.checkpoint.CheckpointSave(data),
+        experiment=ocp.args.JsonSave(experiment),
+        digests=ocp.args.JsonSave(proof),
+    )
+    manager.save(step, args=items, metrics=metrics or {}, force=True)
+
+
+def steps(directory: str | pathlib.Path) -> list[int]:
+    """The steps that `directory` holds whole checkpoints of, oldest first."""
+    found = pathlib.Path(directory)
+    if not found.is_dir():
+        return []
+    return sorted(int(p.name) for p in found.iterdir() if p.name.isdecimal())
+
+
+def find(directory: str | pathlib.Path) -> pathlib.Path:
+    """The folder of checkpoints in a run's directory, or that folder itself.
+
+    Raises:
+      InputError: there are no checkpoints.
+    """
+    directory = pathlib.Path(directory)
+    for folder in (directory / "checkpoints", directory):
+        if steps(folder):
+            return folder
+    raise InputError(
+        f"{directory}: holds no checkpoint; name a directory that `python -m train` wrote, "
+        "such as runs/vit_digits"
+    )
+
+
+def read_experiment(directory: str | pathlib.Path, step: int) -> dict[str, Any]:
+    """The description that was saved with a checkpoint."""
+    with _told(directory, step), _reader(directory) as reader:
+        args = ocp.args.Composite(
+            experiment=ocp.args.JsonRestore(), digests=ocp.args.JsonRestore()
+        )
+        items = reader.restore(step, args=args)
+        if items.digests["experiment"] != _sha(items.experiment):
+            raise ValueError("the experiment's digest does not match")
+        return items.experiment
+
+
+def restore(
+    directory: str | pathlib.Path,
+    step: int,
+    target: PyTree,
+    data: grain.DatasetIterator | None = None,
+) -> PyTree:
+    """Reads a checkpoint onto any mesh and proves every leaf.
+
+    Args:
+      directory: the folder of checkpoints.
+      step: which.
+      target: the shapes, dtypes and shardings that are wanted.
+      data: set to the saved position, where given.
+
+    Raises:
+      InputError: the checkpoint is not of these shapes (every difference is listed),
+        cannot be read, or a digest does not match.
+    """
+    with _told(directory, step), _reader(directory) as reader:
+        saved = reader.item_metadata(step)["state"]
+        saved = getattr(saved, "tree", saved)
+        if saved is None:
+            raise ValueError("its arrays have no metadata")
+        _match(saved, target, directory, step)
+        items = {
+            "state": ocp.args.StandardRestore(target),
+            "digests": ocp.args.JsonRestore(),
+        }
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
+        items = reader.restore(step, args=ocp.args.Composite(**items))
+        proof = items.digests
+        if data is not None and proof["data"] != _sha(data.get_state()):
+            raise ValueError("the data iterator's digest does not match")
+        found = {name: [int(d) for d in pair] for name, pair in digest(items.state).items()}
+        broken = [name for name in found if found[name] != proof["state"].get(name)]
+        if broken:
+            raise ValueError(f"the digest of {', '.join(broken)} does not match")
+        return items.state
+
+
+def digest(tree: PyTree) -> dict[str, UInt32[Array, "2"]]:
+    """Two 32-bit sums a leaf over (index, bits) of its elements, computed where it lies.
+
+    Each term is a bijection of the element's bits (the finaliser of MurmurHash3), so one
+    changed element always changes the sums, and many do but once in 2^64. Addition does
+    not care for order: the digest is the same on every mesh.
+    """
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): _digest(leaf) for path, leaf in leaves}
+
+
+@jax.jit
+def _digest(x: Array) -> UInt32[Array, "2"]:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    width = x.dtype.itemsize
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32 if width >= 4 else f"uint{8 * width}")
+    words = words.astype(jnp.uint32)  # 64-bit elements have become pairs.
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, words.shape, axis
+        )
+    terms = [_mix(words ^ _mix(index + jnp.uint32(seed))) for seed in (1, 0x9E3779B9)]
+    return jnp.stack([term.sum(dtype=jnp.uint32) for term in terms])
+
+
+def _mix(h):
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return h ^ (h >> 16)
+
+
+def _sha(value: Any) -> str:
+    text = json.dumps(_plain(value), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of a value, so that a digest is the same before and after."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return json.loads(json.dumps(value))
+
+
+def _match(saved, target, directory, step):
+    """Raises InputError with every leaf whose shape or dtype is not the saved one."""
+
+    def leaves(tree):
+        found = jax.tree.leaves_with_path(tree)
+        return {path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in found}
+
+    old, new = leaves(saved), leaves(target)
+    lines = []
+    for name in sorted({**old, **new}):
+        if old.get(name) != new.get(name):
+            lines += [f"- {name} {old[name]}"] if name in old else []
+            lines += [f"+ {name} {new[name]}"] if name in new else []
+    if lines:
+        raise InputError(
+            f"checkpoint {directory}/{step} does not fit this experiment; choose the config "
+            "it was trained with (- in the checkpoint, + in the experiment):\n"
+            + "\n".join(lines)
+        )
+
+
+class _reader:
+    """A manager that only reads, closed at the end."""
+
+    def __init__(self, directory):
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        self.manager = ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS
+        )
+
+    def __enter__(self):
+        return self.manager
+
+    def __exit__(self, *error):
+        self.manager.close()
+
+
+class _told:
+    """Turns whatever the libraries below raise into a sentence that names the checkpoint."""
+
+    def __init__(self, directory, step):
+        self.directory, self.step = directory, step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
+            return
+        earlier = [s for s in steps(self.directory) if s < self.step]
+        remedy = f"go back to step {earlier[-1]}" if earlier else "start anew"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"checkpoint {self.directory}/{self.step} is damaged: {reason[0][:300]}; remove "
+            f"that folder to {remedy}"
+        ) from error

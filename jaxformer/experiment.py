@@ -1,0 +1,236 @@
+"""An experiment as data: what a config file returns, overrides reach and a run records."""
+
+import ast
+import collections.abc
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxformer.data.loader import Pipeline
+from jaxformer.errors import InputError
+from jaxformer.sharding import FSDP_TENSOR, Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the last `last`, and the best `best` by `metric`."""
+
+    every: int = 100  # steps between two saves; the last step is saved always.
+    last: int = 2
+    best: int = 1
+    metric: str = "test/top1"  # EVALUATION/METRIC, the greatest is the best.
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run, whole: the same experiment and seed give the same parameters."""
+
+    model: nn.Module
+    objective: Any  # .loss(apply, params, batch, key), .measure(apply, params, batch)
+    optimizer: Any  # .make(axes, steps) -> optax transformation, .rate
+    data: Pipeline
+    steps: int
+    batch_size: int
+    evals: dict[str, Pipeline] = dataclasses.field(default_factory=dict)
+    eval_every: int = 100
+    eval_batch_size: int = 256
+    keep: Keep = dataclasses.field(default_factory=Keep)
+    log_every: int = 10
+    seed: int = 0
+    accumulate: int = 1  # parts that a batch is taken in, one after the other.
+    ema: float | None = None  # decay of the averaged parameters; they are evaluated.
+    nonfinite: Literal["stop", "skip"] = "stop"  # on a loss that is NaN or infinite.
+    mesh: str = ""  # such as data=2,fsdp=4; empty is all devices on data.
+    rules: Rules = FSDP_TENSOR
+    replicate: tuple[str, ...] = ()  # logical axes that stay whole on every device.
+    flops: Callable[..., int] | None = None  # (model, shape of one input) -> forward.
+
+
+# What may differ between a run and its checkpoint: how it runs, not what it computes.
+FREE = (
+    "steps",
+    "mesh",
+    "rules",
+    "replicate",
+    "log_every",
+    "eval_every",
+    "eval_batch_size",
+    "keep",
+    "evals",
+    "nonfinite",
+    "data.workers",
+    "model.remat",
+    "model.unroll",
+)
+
+
+def load(path: str | pathlib.Path, assignments: collections.abc.Sequence[str] = ()):
+    """Runs the config file at `path`, which defines `experiment()`, and overrides it.
+
+    Args:
+      path: a Python file. It is code: run only your own.
+      assignments: such as `model.depth=8`.
+
+    Raises:
+      InputError: no such file, no `experiment`, or an override that does not fit.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.py")) or ["none"]
+        raise InputError(f"{path}: there is no such config; beside it are {', '.join(beside)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, "experiment", None)
+    if not callable(make):
+        raise InputError(
+            f"{path}: a config defines a function experiment() that returns an Experiment"
+        )
+    return override(make(), *assignments)
+
+
+def override(node: Any, *assignments: str) -> Any:
+    """Returns `node` with each `a.b=value` replaced, in dataclasses, dicts and tuples.
+
+    Raises:
+      InputError: a name that is not there, with the nearest that is, or a wrong type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"{assignment!r} must be NAME=VALUE, such as steps=500")
+        node = _replace(node, path.split("."), text, path)
+    return node
+
+
+def fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that an override reaches, as (`a.b`, value), outermost first."""
+    for name, value in _children(node).items():
+        path = f"{prefix}{name}"
+        if _children(value):
+            yield from fields(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def describe(node: Any) -> Any:
+    """The experiment as JSON: dataclasses as dicts that carry their `type`."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        items = {name: describe(value) for name, value in _children(node).items()}
+        return {"type": type(node).__name__} | items
+    if isinstance(node, dict):
+        return {str(name): describe(value) for name, value in node.items()}
+    if isinstance(node, tuple | list):
+        return [describe(value) for value in node]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    if callable(node) and not isinstance(node, type):
+        function = getattr(node, "func", node)
+        return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    try:
+        return str(jnp.dtype(node))
+    except TypeError:
+        return str(node)
+
+
+def differences(old: Any, new: Any, free: tuple[str, ...] = FREE) -> list[str]:
+    """Lines `- name: old` and `+ name: new` for all that differs between two descriptions.
+
+    Names under `free` may differ.
+    """
+    a, b = dict(_flat(old)), dict(_flat(new))
+    lines = []
+    for name in sorted({**a, **b}):
+        allowed = any(name == f or name.startswith(f"{f}.") for f in free)
+        if not allowed and a.get(name, ...) != b.get(name, ...):
+            lines += [f"- {name}: {a[name]!r}"] if name in a else []
+            lines += [f"+ {name}: {b[name]!r}"] if name in b else []
+    return lines
+
+
+def _flat(node, prefix=""):
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {str(name): value for name, value in node.items()}
+    if isinstance(node, tuple) and any(dataclasses.is_dataclass(v) for v in node):
+        return {str(i): value for i, value in enumerate(node)}
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return {}
+    hidden = ("parent", "name") if isinstance(node, nn.Module) else ()
+    names = [f.name for f in dataclasses.fields(node) if f.init and f.name not in hidden]
+    return {name: getattr(node, name) for name in names}
+
+
+def _replace(node, names, text, path):
+    name, *rest = names
+    children = _children(node)
+    if name not in children:
+        kind = type(node).__name__
+        near = difflib.get_close_matches(name, children, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(children)}"
+        if not children:
+            known = "it is a value"
+        raise InputError(f"{path}: {kind} has no field {name!r}; {known}")
+    old = children[name]
+    new = _replace(old, rest, text, path) if rest else _parse(text, node, name, path)
+    if isinstance(node, dict):
+        return {**node, name: new}
+    if isinstance(node, tuple):
+        return tuple(new if str(i) == name else v for i, v in enumerate(node))
+    return dataclasses.replace(node, **{name: new})
+
+
+def _parse(text, node, name, path):
+    try:
+        new = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        new = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    hints = typing.get_type_hints(type(node)) if dataclasses.is_dataclass(node) else {}
+    hint = hints.get(name, Any)
+    for value in (new, float(new) if type(new) is int else new, (new,), text, (text,)):
+        if _fits(value, hint):
+            return value
+    raise InputError(f"{path}: expected {_spell(hint)}, got {text!r}")
+
+
+def _fits(value, hint) -> bool:
+    """Whether a literal is of the type that a field asks for."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        if len(args) == 2 and args[1] is ...:
+            return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        return isinstance(value, tuple) and len(value) == len(args)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in (int, float):
+        return type(value) is hint
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def _spell(hint) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

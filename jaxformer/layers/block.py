@@ -1,0 +1,139 @@
+"""Residual blocks, built from parts, and a scanned stack of them."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxformer.layers.einsum import Einsum
+from jaxformer.layers.norm import LayerNorm
+from jaxformer.ops.activation import gelu
+from jaxformer.sharding import constrain, partitioned
+
+# What a block keeps for its gradient: everything, nothing, or the products of matrices.
+Remat = Literal["none", "full", "dots"]
+POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Mlp(nn.Module):
+    """Widen, activate, narrow; `gated` multiplies by a second widening (SwiGLU with silu).
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+
+    width: int
+    activation: Callable[[Array], Array] = gelu
+    gated: bool = False
+    use_bias: bool = False
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False):
+        def widen(name: str) -> Array:
+            sizes = {"F": self.width}
+            return Einsum("BTD,DF->BTF", sizes, self.use_bias, self.dtype, name=name)(x)
+
+        h = self.activation(widen("gate")) * widen("up") if self.gated else None
+        h = self.activation(widen("up")) if h is None else h
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        sizes = {"D": x.shape[-1]}
+        return Einsum("BTF,FD->BTD", sizes, self.use_bias, self.dtype, name="down")(h)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch. Source: Touvron et al. 2021."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        init = partitioned(nn.initializers.constant(self.init), "D")
+        scale = self.param("scale", init, x.shape[-1:])
+        return x * scale.astype(x.dtype)[None, None]
+
+
+def drop_path(x: Float[Array, "B T D"], rate, key: Array) -> Float[Array, "B T D"]:
+    """Drops whole examples of a branch at `rate`. Source: Huang et al. 2016."""
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: takes its parts, not its parts' options."""
+
+    attention: nn.Module
+    mlp: nn.Module
+    norm: Callable[..., nn.Module] = LayerNorm
+    layer_scale: float | None = None
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        train: bool = False,
+        drop_path_rate: float | Float[Array, ""] | None = None,
+        **inputs,
+    ) -> Float[Array, "B T D"]:
+        def branch(y: Array, name: str) -> Array:
+            if self.layer_scale is not None:
+                y = LayerScale(self.layer_scale, name=f"{name}_scale")(y)
+            y = nn.Dropout(self.dropout, deterministic=not train)(y)
+            if train and drop_path_rate is not None:
+                y = drop_path(y, drop_path_rate, self.make_rng("dropout"))
+            return y
+
+        x = constrain(x, "BTD")
+        y = self.attention(self.norm(name="attention_norm")(x), **inputs)
+        x += branch(y, "attention")
+        y = self.mlp(self.norm(name="mlp_norm")(x), train=train)
+        return constrain(x + branch(y, "mlp"), "BTD")
+
+
+class Stack(nn.Module):
+    """`depth` copies of one block, compiled once; parameters gain a "layers" axis.
+
+    `remat` trades time for memory. `unroll` lays so many layers in a row in the program;
+    the parameters stay as they are. `drop_path` is the last layer's rate, the first's
+    is 0.
+    """
+
+    block: nn.Module
+    depth: int
+    remat: Remat = "none"
+    unroll: int = 1
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], *, train: bool = False, **inputs
+    ) -> Float[Array, "B T D"]:
+        drops = train and self.drop_path > 0
+
+        def body(block: nn.Module, x: Array, rate: Array) -> tuple[Array, None]:
+            rate = rate if drops else None
+            return block(x, train=train, drop_path_rate=rate, **inputs), None
+
+        if self.remat not in ("none", *POLICIES):
+            raise ValueError(f"remat={self.remat!r} must be one of none, full, dots")
+        if self.remat != "none":
+            body = nn.remat(body, prevent_cse=False, policy=POLICIES[self.remat])
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0, "stats": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.depth,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        rates = jnp.linspace(0, self.drop_path, self.depth)
+        return layers(self.block, x, rates)[0]

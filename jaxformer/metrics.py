@@ -1,0 +1,122 @@
+"""Metrics as sums that add over batches, devices and hosts, divided once at the end.
+
+A metric is a frozen pytree. Add two with `merge`, read one with `.value()`. Counts are
+integers, so that they are equal on any number of devices.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, PyTree
+
+
+class Mean(struct.PyTreeNode):
+    """A mean: the weighted sum of what was seen, and how many were seen."""
+
+    sum: Array
+    count: Array
+
+    def value(self) -> float:
+        """The mean; nan where nothing was seen."""
+        return float(self.sum) / float(self.count) if self.count else float("nan")
+
+
+class Calibration(struct.PyTreeNode):
+    """Expected calibration error over equal bins of confidence (Guo et al. 2017).
+
+    `sum` `[bins]` holds confidence minus correctness, `count` `[bins]` the examples.
+    """
+
+    sum: Array
+    count: Array
+
+    def value(self) -> float:
+        """The error, 0 to 1: bins weigh as many examples as they hold."""
+        seen = float(np.sum(self.count))
+        return float(np.sum(np.abs(self.sum))) / seen if seen else float("nan")
+
+
+class Confusion(struct.PyTreeNode):
+    """How often each class (row) was called each class (column): `sum` `[V, V]`."""
+
+    sum: Array
+    count: Array
+
+    def value(self) -> list[list[int]]:
+        """The table itself, as rows of integers."""
+        return np.asarray(self.sum).astype(int).tolist()
+
+
+Metrics = dict[str, Mean | Calibration | Confusion]
+
+
+def merge(a: PyTree, b: PyTree) -> PyTree:
+    """Adds two trees of metrics; on the host in 64 bits, so that long sums stay exact."""
+    return jax.tree.map(_add, a, b)
+
+
+def to_host(metrics: PyTree) -> PyTree:
+    """The same metrics as NumPy arrays of 64 bits."""
+
+    def wide(x):
+        x = np.asarray(x)
+        return x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
+
+    return jax.tree.map(wide, metrics)
+
+
+def cross_entropy(
+    logits: Float[Array, "*B V"], targets: Float[Array, "*B V"]
+) -> Float[Array, "*B"]:
+    """Cross-entropy in nats of each row against target probabilities, in float32."""
+    return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+
+
+def classification(
+    logits: Float[Array, "B V"],
+    labels: Int[Array, "B"],
+    weight: Float[Array, "B"] | None = None,
+    *,
+    bins: int = 15,
+) -> Metrics:
+    """Loss (nats), top-1, top-5, calibration error and confusion of one batch.
+
+    Args:
+      logits: one row an example.
+      labels: the true class of each.
+      weight: 1 for an example, 0 for padding; all 1 if not given.
+      bins: how many bins of confidence the calibration error has.
+    """
+    V = logits.shape[-1]
+    weight = jnp.ones(labels.shape) if weight is None else weight
+    real = weight > 0
+    probability = jax.nn.softmax(logits.astype(jnp.float32))
+    nll = cross_entropy(logits, jax.nn.one_hot(labels, V))
+    truth = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Ties count against us, so that a constant output is not right by luck.
+    others = (logits >= truth).at[jnp.arange(len(labels)), labels].set(False)
+    rank = others.sum(-1)
+    guess, confidence = logits.argmax(-1), probability.max(-1)
+    bin_of = jnp.minimum((confidence * bins).astype(jnp.int32), bins - 1)
+    gap = jnp.where(real, confidence - (guess == labels), 0)
+    count = real.sum(dtype=jnp.int32)
+    ones = real.astype(jnp.int32)
+
+    def mean(x: Array) -> Mean:
+        return Mean(jnp.where(real, x, 0).sum(), count)
+
+    return {
+        "loss": mean(nll),
+        "top1": mean((rank < 1).astype(jnp.int32)),
+        "top5": mean((rank < min(5, V)).astype(jnp.int32)),
+        "calibration": Calibration(
+            jnp.zeros(bins).at[bin_of].add(gap),
+            jnp.zeros(bins, jnp.int32).at[bin_of].add(ones),
+        ),
+        "confusion": Confusion(jnp.zeros((V, V), jnp.int32).at[labels, guess].add(ones), count),
+    }
+
+
+def _add(a, b):
+    return a + b

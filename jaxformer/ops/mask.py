@@ -1,0 +1,185 @@
+"""Attention masks as data: small frozen pytrees, made dense only where one asks.
+
+A mask says which keys a query may see. `Causal() & Segments(ids)` packs documents in a
+row; `Causal() | Prefix(length)` is a prefix language model; `Causal() | Spans(a, b)` is
+causal text around images that see themselves whole. Arrays inside a mask are data: a new
+length does not compile anew.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+
+class Mask(struct.PyTreeNode):
+    """What every mask can do. `visible` is the specification of each."""
+
+    def visible(
+        self, q: Int[Array, "T"], k: Int[Array, "S"], lengths: tuple[int, int]
+    ) -> Bool[Array, "#B t s"]:
+        """True where the query of index `q` may see the key of index `k`.
+
+        Args:
+          q: indices of some queries.
+          k: indices of some keys.
+          lengths: how many queries and how many keys there are in all.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def dense(self, T: int, S: int) -> Bool[Array, "#B T S"]:
+        """The whole mask for `T` queries and `S` keys, True where one may look."""
+        self.check(T, S)
+        return self.visible(jnp.arange(T), jnp.arange(S), (T, S))
+
+    def check(self, T: int, S: int) -> None:
+        """Raises ValueError when the mask was made for other lengths."""
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other)
+
+
+class Full(Mask):
+    """Every query sees every key."""
+
+    def visible(self, q, k, lengths):
+        return jnp.ones((1, q.size, k.size), bool)
+
+
+class Causal(Mask):
+    """Query `i` sees keys up to `i + offset`; `offset` is how many keys stand before."""
+
+    offset: int | Int[Array, ""] = 0
+
+    def visible(self, q, k, lengths):
+        return (k[None, :] <= q[:, None] + self.offset)[None]
+
+
+class Window(Mask):
+    """Query `i` sees keys `i - left` to `i + right`; None is without bound."""
+
+    left: int | None = struct.field(pytree_node=False, default=None)
+    right: int | None = struct.field(pytree_node=False, default=None)
+    offset: int | Int[Array, ""] = 0
+
+    def visible(self, q, k, lengths):
+        distance = k[None, :] - (q[:, None] + self.offset)
+        seen = jnp.ones(distance.shape, bool)
+        if self.left is not None:
+            seen &= distance >= -self.left
+        if self.right is not None:
+            seen &= distance <= self.right
+        return seen[None]
+
+
+class Prefix(Mask):
+    """Every query sees the first `length` keys: one number, or one for each row."""
+
+    length: int | Int[Array, "*B"]
+
+    def visible(self, q, k, lengths):
+        length = jnp.reshape(jnp.asarray(self.length), (-1, 1, 1))
+        seen = k[None, None, :] < length
+        return jnp.broadcast_to(seen, (len(length), q.size, k.size))
+
+
+class Segments(Mask):
+    """Tokens see their own segment. Id 0 is padding, which neither sees nor is seen.
+
+    Shapes: `q_ids` `[B, T]`, `k_ids` `[B, S]`; without `k_ids` keys are the queries.
+    """
+
+    q_ids: Int[Array, "B T"]
+    k_ids: Int[Array, "B S"] | None = None
+
+    def visible(self, q, k, lengths):
+        k_ids = self.q_ids if self.k_ids is None else self.k_ids
+        a, b = self.q_ids[:, q, None], k_ids[:, None, k]
+        return (a == b) & (a != 0)
+
+    def check(self, T, S):
+        k_ids = self.q_ids if self.k_ids is None else self.k_ids
+        for name, ids, length in (("q_ids", self.q_ids, T), ("k_ids", k_ids, S)):
+            if ids.shape[-1] != length:
+                raise ValueError(
+                    f"Segments.{name} has shape {ids.shape} and must have {length} "
+                    "columns, one for each token"
+                )
+
+
+class Spans(Mask):
+    """Tokens of one span see each other both ways; those in none see nothing by it.
+
+    Span `n` of row `b` holds positions `start[b, n]` to `stop[b, n] - 1`; an unused span
+    has `stop <= start`. Shapes: `[B, n]` both.
+    """
+
+    start: Int[Array, "B n"]
+    stop: Int[Array, "B n"]
+
+    def visible(self, q, k, lengths):
+        def inside(position):
+            position = position[None, None, :]
+            start, stop = self.start[..., None], self.stop[..., None]
+            return (position >= start) & (position < stop)
+
+        both = inside(q)[:, :, :, None] & inside(k)[:, :, None, :]
+        return both.any(axis=1)
+
+
+class BlockDiffusion(Mask):
+    """The two-stream mask of block diffusion: [noisy, clean] halves of one sequence.
+
+    A noisy token sees its own noisy block and the clean blocks before it; a clean token
+    sees the clean blocks up to its own. Source: Arriola et al. 2025, arXiv 2503.09573.
+    """
+
+    size: int = struct.field(pytree_node=False)
+
+    def visible(self, q, k, lengths):
+        half = lengths[0] // 2
+        q_clean, k_clean = (q >= half)[:, None], (k >= half)[None, :]
+        q_block = (q % half // self.size)[:, None]
+        k_block = (k % half // self.size)[None, :]
+        noisy_noisy = ~q_clean & ~k_clean & (q_block == k_block)
+        noisy_clean = ~q_clean & k_clean & (k_block < q_block)
+        clean_clean = q_clean & k_clean & (k_block <= q_block)
+        return (noisy_noisy | noisy_clean | clean_clean)[None]
+
+    def check(self, T, S):
+        if T != S or T % 2:
+            raise ValueError(
+                f"BlockDiffusion takes as many queries as keys, an even number; got {T} and {S}"
+            )
+
+
+class And(Mask):
+    """What both masks show."""
+
+    a: Mask
+    b: Mask
+
+    def visible(self, q, k, lengths):
+        return self.a.visible(q, k, lengths) & self.b.visible(q, k, lengths)
+
+    def check(self, T, S):
+        self.a.check(T, S)
+        self.b.check(T, S)
+
+
+class Or(Mask):
+    """What either mask shows."""
+
+    a: Mask
+    b: Mask
+
+    def visible(self, q, k, lengths):
+        return self.a.visible(q, k, lengths) | self.b.visible(q, k, lengths)
+
+    def check(self, T, S):
+        self.a.check(T, S)
+        self.b.check(T, S)

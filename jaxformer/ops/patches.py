@@ -1,0 +1,51 @@
+"""Images to rows of patches and back, and the positions of patches."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def patchify(images: Float[Array, "B Y X C"], patch: int) -> Float[Array, "B T P"]:
+    """Cuts images into square patches, row by row: `P = patch * patch * C`.
+
+    Raises:
+      ValueError: `patch` does not divide the height or the width.
+    """
+    B, Y, X, C = images.shape
+    if Y % patch or X % patch:
+        raise ValueError(f"patch={patch} must divide the image's {Y} rows, {X} columns")
+    y, x = Y // patch, X // patch
+    images = images.reshape(B, y, patch, x, patch, C).swapaxes(2, 3)
+    return images.reshape(B, y * x, patch * patch * C)
+
+
+def unpatchify(
+    patches: Float[Array, "B T P"], patch: int, shape: tuple[int, int]
+) -> Float[Array, "B Y X C"]:
+    """The inverse of `patchify` for images of `shape` = (rows, columns) pixels."""
+    B, _, P = patches.shape
+    y, x, C = shape[0] // patch, shape[1] // patch, P // patch**2
+    patches = patches.reshape(B, y, x, patch, patch, C).swapaxes(2, 3)
+    return patches.reshape(B, y * patch, x * patch, C)
+
+
+def sincos_2d(y: int, x: int, width: int, theta: float = 1e4) -> np.ndarray:
+    """Fixed 2-D sine and cosine positions, `[y * x, width]` float32.
+
+    The order is [sin x, cos x, sin y, cos y], as in big_vision (MoCo v3's).
+
+    Raises:
+      ValueError: `width` is not a multiple of 4, or below 8.
+    """
+    if width % 4 or width < 8:
+        raise ValueError(f"sincos_2d needs a width divisible by 4 and >= 8, got {width}")
+    omega = theta ** -(np.arange(width // 4) / (width // 4 - 1))
+    rows, columns = np.mgrid[:y, :x]
+    parts = [f(p.reshape(-1, 1) * omega) for p in (columns, rows) for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def grid(y: int, x: int) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    """Row and column of each patch, in the order of `patchify`."""
+    rows, columns = jnp.mgrid[:y, :x]
+    return rows.reshape(-1).astype(jnp.float32), columns.reshape(-1).astype(jnp.float32)

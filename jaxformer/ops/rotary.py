@@ -1,0 +1,44 @@
+"""Rotary positions: angles from coordinates, and the rotation itself.
+
+Pairs are the two halves of a head, `(x[i], x[i + H/2])`, as Llama, Qwen and DINOv3 have
+them. Source: Su et al. 2021, arXiv 2104.09864.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def angles(
+    positions: Int[Array, "*B T"] | Float[Array, "*B T"],
+    head_dim: int,
+    theta: float = 1e4,
+) -> Float[Array, "*B T h"]:
+    """Angles in radians of 1-D positions, one for each of the `head_dim / 2` pairs."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    positions = jnp.asarray(positions, jnp.float32)
+    return positions[..., None] * frequency[(None,) * positions.ndim]
+
+
+def angles_2d(
+    y: Float[Array, "*B T"] | Int[Array, "*B T"],
+    x: Float[Array, "*B T"] | Int[Array, "*B T"],
+    head_dim: int,
+    theta: float = 1e2,
+) -> Float[Array, "*B T h"]:
+    """Angles of 2-D positions: half of the pairs turn with the row, half with the column.
+
+    Source: axial rotary of Heo et al. 2024, arXiv 2403.13298.
+    """
+    if head_dim % 4:
+        raise ValueError(f"2-D rotary needs head_dim divisible by 4, got {head_dim}")
+    parts = [angles(p, head_dim // 2, theta) for p in (y, x)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], angles: Float[Array, "#B T h"]
+) -> Float[Array, "B T N H"]:
+    """Rotates pair `i` of every head at token `t` by `angles[..., t, i]`, in float32."""
+    sin, cos = jnp.sin(angles)[:, :, None, :], jnp.cos(angles)[:, :, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

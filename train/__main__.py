@@ -1,0 +1,66 @@
+"""`python -m train CONFIG.py [--workdir DIR] [--mesh data=2,fsdp=4] [a.b=c ...]`."""
+
+import argparse
+import pathlib
+import sys
+
+from jaxformer.errors import InputError
+from jaxformer.experiment import fields, load
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns the exit status: 0 done, 2 bad input, 1 diverged."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train", description="Trains the experiment of a config file."
+    )
+    parser.add_argument("config", help="a Python file that defines experiment()")
+    parser.add_argument("overrides", nargs="*", help="such as model.depth=8 steps=500")
+    parser.add_argument("--workdir", help="default: runs/<config name>")
+    parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
+    parser.add_argument("--profile", help="FIRST:LAST, steps that a trace is written of")
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if {"-h", "--help"} & set(argv):
+            parser.print_help()
+            _print_fields([a for a in argv if a not in ("-h", "--help")])
+            return 0
+        args = parser.parse_intermixed_args(argv)
+        mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
+        experiment = load(args.config, [*args.overrides, *mesh])
+        workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
+        profile = _span(args.profile)
+        from train.run import Diverged, train  # Not before bad input is found.
+
+        try:
+            train(experiment, workdir, profile=profile)
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_fields(argv: list[str]) -> None:
+    configs = [a for a in argv if a.endswith(".py")]
+    if not configs:
+        print("\nwith CONFIG.py --help lists every field that an override reaches")
+        return
+    assignments = [a for a in argv if "=" in a and not a.startswith("-")]
+    print(f"\nfields of {configs[0]}, and their values:")
+    for name, value in fields(load(configs[0], assignments)):
+        print(f"  {name}={value!r}" if not callable(value) else f"  {name}")
+
+
+def _span(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise InputError(f"--profile {text}: expected FIRST:LAST, such as 10:15")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What a run tells: a progress bar, one JSON object a line, TensorBoard, a picture."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from jaxformer.experiment import Experiment
+from train.curves import draw
+
+# Peak of one chip in bf16 operations a second, from the makers' pages.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1154e12,  # of one device: a chip has two.
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Log:
+    """Writes into `workdir`; on resume it forgets what came after the checkpoint."""
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        experiment: Experiment,
+        described: dict[str, Any],
+        *,
+        start: int,
+        flops: int | None,
+    ):
+        self.workdir, self.every = workdir, experiment.log_every
+        self.steps, self.batch_size = experiment.steps, experiment.batch_size
+        self.peak = _peak() if flops else None
+        self.flops = flops
+        self.first_process = jax.process_index() == 0
+        self.path = workdir / "metrics.jsonl"
+        if self.first_process:
+            _write_config(workdir / "config.json", described)
+            _rewind(self.path, start)
+            self.file = self.path.open("a")
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.console.quiet = not self.first_process
+        self.bar = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("compiling", total=self.steps, completed=start)
+        self.counted, self.spent, self.mark = 0, 0.0, time.monotonic()
+
+    def __enter__(self) -> "Log":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.bar.stop()
+        if self.first_process:
+            self.file.close()
+            self.board.close()
+            if draw(self.path, self.workdir / "curves.png") and error is None:
+                self.say(f"curves: {self.workdir / 'curves.png'}")
+
+    def say(self, text: str) -> None:
+        """Prints one line above the bar."""
+        self.console.print(text, markup=False)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of a step that has ended; every so many are written."""
+        now = time.monotonic()
+        self.spent, self.mark = self.spent + now - self.mark, now
+        self.counted += 1
+        due = step % self.every == 0 or step == self.steps
+        if due:
+            rate = self.counted * self.batch_size / self.spent
+            row = metrics | {"examples_per_second": rate}
+            if self.peak is not None:
+                row["mfu"] = self.flops / self.batch_size * rate / self.peak
+            self._write(step, row)
+            self.counted, self.spent = 0, 0.0
+            text = _text(row)
+            self.bar.update(self.task, completed=step, description=text)
+            if not self.console.is_terminal and step % (10 * self.every) == 0:
+                self.say(f"step {step}/{self.steps}  {text}")
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Writes and prints what an evaluation found."""
+        self._write(step, {f"eval/{name}": value for name, value in scores.items()})
+        text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        self.say(f"step {step}/{self.steps}  {text}")
+
+    def resume_clock(self) -> None:
+        """Leaves the time since the last step, of an evaluation or a save, uncounted."""
+        self.mark = time.monotonic() if self.counted == 0 else self.mark
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        if self.first_process:
+            self.file.write(json.dumps({"step": step} | row) + "\n")
+            self.file.flush()
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+
+
+def _text(row: dict[str, float]) -> str:
+    parts = [f"loss {row['loss']:.4f}"]
+    parts += [f"accuracy {row['accuracy']:.3f}"] if "accuracy" in row else []
+    parts += [f"{row['examples_per_second']:,.0f} examples/s"]
+    parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []
+    return "  ".join(parts)
+
+
+def _peak() -> float | None:
+    """Operations a second of all devices together, where the chip is known."""
+    kind = jax.devices()[0].device_kind
+    for name in sorted(PEAKS, key=len, reverse=True):
+        if kind.startswith(name):
+            return PEAKS[name] * jax.device_count()
+    return None
+
+
+def _rewind(path: pathlib.Path, step: int) -> None:
+    """Drops rows after `step`, and a last row that a kill cut short."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for row in rows:
+        try:
+            if json.loads(row)["step"] <= step:
+                kept.append(row + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(kept))
+    fresh.replace(path)
+
+
+def _write_config(path: pathlib.Path, described: dict[str, Any]) -> None:
+    devices = jax.devices()
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    resolved = {
+        "experiment": described,
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices)},
+        "command": sys.argv,
+    }
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(resolved, indent=2) + "\n")
+    fresh.replace(path)

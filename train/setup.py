@@ -1,0 +1,138 @@
+"""From an experiment to compiled functions and the places of their arrays."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxformer import sharding, steps
+from jaxformer.errors import InputError
+from jaxformer.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """An experiment on a mesh. Functions are compiled at their first call.
+
+    `state` holds the shapes, dtypes and places of `steps.TrainState`; `init(key)` makes
+    it; `step(state, batch, key)` takes a step and gives the old state's memory away;
+    `measure(params, batch)` gives the metrics of one evaluation batch.
+    """
+
+    mesh: Mesh
+    rules: sharding.Rules
+    batch: NamedSharding
+    explanation: sharding.Explanation
+    state: steps.TrainState
+    init: Callable[[jax.Array], steps.TrainState]
+    step: Callable[..., tuple[steps.TrainState, dict[str, jax.Array]]]
+    measure: Callable[..., Any]
+
+    @property
+    def batch_ways(self) -> int:
+        """Over how many devices a batch is split."""
+        return math.prod(self.mesh.shape[name] for name in self.batch.spec[0] or ())
+
+
+def setup(
+    experiment: Experiment, inputs: Sequence[jax.ShapeDtypeStruct], devices=None
+) -> Setup:
+    """Lays an experiment out on its mesh; nothing is compiled or allocated yet.
+
+    Args:
+      experiment: what to run.
+      inputs: shapes of what the model is called with, batch axis first.
+      devices: all that JAX sees, if not given.
+
+    Raises:
+      InputError: the mesh does not fit the devices, or an axis does not divide.
+    """
+    model, objective = experiment.model, experiment.objective
+    mesh = sharding.make_mesh(experiment.mesh, devices)
+    rules = sharding.without(experiment.rules, experiment.replicate)
+
+    def init_params(key):
+        zeros = (jnp.zeros((1, *x.shape[1:]), x.dtype) for x in inputs)
+        return model.init(key, *zeros)["params"]
+
+    boxed = jax.eval_shape(init_params, jax.random.key(0))
+    explanation = sharding.explain(boxed, mesh, rules)
+    params = sharding.shardings(boxed, mesh, rules)
+    tx = experiment.optimizer.make(nn.get_partition_spec(boxed), experiment.steps)
+
+    def init(key):
+        params = nn.unbox(init_params(key))
+        return steps.init_state(params, tx, ema=experiment.ema is not None)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    places = sharding.shardings_like(shapes, params, mesh)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        places,
+    )
+    if getattr(experiment.optimizer, "qk_clip", None) is None:
+        loss_fn = functools.partial(objective.loss, model.apply)
+    else:
+        loss_fn = steps.with_stats(objective.loss, model.apply)
+    step = functools.partial(
+        steps.train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        accumulate=experiment.accumulate,
+        ema=experiment.ema,
+        skip_nonfinite=experiment.nonfinite == "skip",
+    )
+    measure = functools.partial(objective.measure, model.apply)
+    whole = NamedSharding(mesh, PartitionSpec())
+    batch = sharding.batch_sharding(mesh, rules)
+    made = Setup(
+        mesh=mesh,
+        rules=rules,
+        batch=batch,
+        explanation=explanation,
+        state=state,
+        init=_under(mesh, rules, jax.jit(init, out_shardings=places)),
+        step=_under(
+            mesh,
+            rules,
+            jax.jit(
+                step,
+                in_shardings=(places, batch, whole),
+                out_shardings=(places, whole),
+                donate_argnums=0,
+            ),
+        ),
+        measure=_under(mesh, rules, jax.jit(measure, out_shardings=whole)),
+    )
+    parts = made.batch_ways * experiment.accumulate
+    if experiment.batch_size % parts:
+        near = max(1, round(experiment.batch_size / parts)) * parts
+        raise InputError(
+            f"batch_size={experiment.batch_size} does not divide over {made.batch_ways} "
+            f"devices and accumulate={experiment.accumulate}; {near} does"
+        )
+    return made
+
+
+def _under(mesh, rules, function):
+    """Traces `function` where activations are placed by `rules` on `mesh`."""
+
+    @functools.wraps(function)
+    def call(*args):
+        with sharding.use(mesh, rules):
+            return function(*args)
+
+    call.lower = functools.partial(_lower, mesh, rules, function)
+    return call
+
+
+def _lower(mesh, rules, function, *args):
+    with sharding.use(mesh, rules):
+        return function.lower(*args)

@@ -3,7 +3,8 @@
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
 """
 
-from jaxformer.data.images import Affine, Normalize
+from jaxformer.data.augment import Affine
+from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Digits
 from jaxformer.experiment import Experiment, Keep

@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 
-from jaxformer import metrics
+from jaxformer import checkpoint, metrics
 from jaxformer.data.loader import Pipeline, eval_batches, to_mesh
+from jaxformer.errors import InputError
+from jaxformer.experiment import Experiment, describe, differences
+from jaxformer.setup import setup
 
 
 def evaluate(
@@ -35,6 +38,47 @@ def batches(pipeline: Pipeline, batch_size: int, ways: int) -> Iterable[dict]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def evaluate_checkpoint(
+    experiment: Experiment, directory: str, step: int | None = None
+) -> tuple[int, dict[str, metrics.Metrics]]:
+    """Every evaluation of an experiment on a checkpoint of its run.
+
+    Reads the averaged parameters where the run kept them, and nothing of the optimizer.
+
+    Args:
+      experiment: the one that was trained.
+      directory: the run's directory, or its folder of checkpoints.
+      step: which checkpoint, the last if not given.
+
+    Raises:
+      InputError: no such checkpoint, a damaged one, or one of another model.
+    """
+    folder = checkpoint.find(directory)
+    saved = checkpoint.steps(folder)
+    step = saved[-1] if step is None else step
+    if step not in saved:
+        raise InputError(f"{folder}: has no step {step}; it has {', '.join(map(str, saved))}")
+    described = checkpoint.read_experiment(folder, step)
+    lines = differences(described["model"], describe(experiment.model), ("remat", "unroll"))
+    if lines:
+        raise InputError(
+            f"{folder}: step {step} is of another model; give the config and overrides it was "
+            "trained with (- in the checkpoint, + now):\n" + "\n".join(lines)
+        )
+    if not experiment.evals:
+        raise InputError("the experiment has no evals; name some in its config")
+    first = next(iter(batches(next(iter(experiment.evals.values())), 1, 1)))
+    made = setup(experiment, [jax.typeof(first[name]) for name in experiment.objective.inputs])
+    part = "params" if experiment.ema is None else "ema"
+    target = {"state": {part: getattr(made.state, part)}}
+    params = checkpoint.restore(folder, step, target, part=True)["state"][part]
+    found = {}
+    for name, pipeline in experiment.evals.items():
+        data = batches(pipeline, experiment.eval_batch_size, made.batch_ways)
+        found[name] = evaluate(made.measure, params, data, made.batch)
+    return step, found
 
 
 def scalars(found: metrics.Metrics) -> dict[str, float]:

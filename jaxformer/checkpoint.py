@@ -80,9 +80,8 @@ def save(
       experiment: a description that the run must match to be resumed.
       metrics: what the best is chosen by.
     """
-    digests = {name: [int(d) for d in pair] for name, pair in digest(state).items()}
     proof = {
-        "state": digests,
+        "state": {name: pair.tolist() for name, pair in digest(state).items()},
         "data": _sha(data.get_state()),
         "experiment": _sha(experiment),
     }
@@ -121,14 +120,13 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
 
 def read_experiment(directory: str | pathlib.Path, step: int) -> dict[str, Any]:
     """The description that was saved with a checkpoint."""
-    with _told(directory, step), _reader(directory) as reader:
-        args = ocp.args.Composite(
-            experiment=ocp.args.JsonRestore(), digests=ocp.args.JsonRestore()
-        )
-        items = reader.restore(step, args=args)
-        if items.digests["experiment"] != _sha(items.experiment):
+    with _told(directory, step):
+        folder = pathlib.Path(directory).absolute() / str(step)
+        experiment = _read(folder / "experiment", ocp.JsonCheckpointHandler())
+        proof = _read(folder / "digests", ocp.JsonCheckpointHandler())
+        if proof["experiment"] != _sha(experiment):
             raise ValueError("the experiment's digest does not match")
-        return items.experiment
+        return experiment
 
 
 def restore(
@@ -136,6 +134,8 @@ def restore(
     step: int,
     target: PyTree,
     data: grain.DatasetIterator | None = None,
+    *,
+    part: bool = False,
 ) -> PyTree:
     """Reads a checkpoint onto any mesh and proves every leaf.
 
@@ -144,32 +144,31 @@ def restore(
       step: which.
       target: the shapes, dtypes and shardings that are wanted.
       data: set to the saved position, where given.
+      part: `target` may leave leaves of the checkpoint out; they are not read.
 
     Raises:
       InputError: the checkpoint is not of these shapes (every difference is listed),
         cannot be read, or a digest does not match.
     """
-    with _told(directory, step), _reader(directory) as reader:
-        saved = reader.item_metadata(step)["state"]
-        saved = getattr(saved, "tree", saved)
-        if saved is None:
-            raise ValueError("its arrays have no metadata")
-        _match(saved, target, directory, step)
-        items = {
-            "state": ocp.args.StandardRestore(target),
-            "digests": ocp.args.JsonRestore(),
-        }
-        if data is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(data)
-        items = reader.restore(step, args=ocp.args.Composite(**items))
-        proof = items.digests
-        if data is not None and proof["data"] != _sha(data.get_state()):
-            raise ValueError("the data iterator's digest does not match")
-        found = {name: [int(d) for d in pair] for name, pair in digest(items.state).items()}
+    with _told(directory, step):
+        folder = pathlib.Path(directory).absolute() / str(step)
+        proof = _read(folder / "digests", ocp.JsonCheckpointHandler())
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(folder / "state").item_metadata.tree
+            _match(saved, target, part, directory, step)
+            places = ocp.checkpoint_utils.construct_restore_args(target)
+            args = ocp.args.PyTreeRestore(target, places, partial_restore=part)
+            state = reader.restore(folder / "state", args=args)
+        found = {name: pair.tolist() for name, pair in digest(state).items()}
         broken = [name for name in found if found[name] != proof["state"].get(name)]
         if broken:
             raise ValueError(f"the digest of {', '.join(broken)} does not match")
-        return items.state
+        if data is not None:
+            args = grain.checkpoint.CheckpointRestore(data)
+            _read(folder / "data", grain.checkpoint.CheckpointHandler(), args)
+            if proof["data"] != _sha(data.get_state()):
+                raise ValueError("the data iterator's digest does not match")
+        return state
 
 
 def digest(tree: PyTree) -> dict[str, UInt32[Array, "2"]]:
@@ -218,7 +217,7 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _match(saved, target, directory, step):
+def _match(saved, target, part, directory, step):
     """Raises InputError with every leaf whose shape or dtype is not the saved one."""
 
     def leaves(tree):
@@ -228,6 +227,8 @@ def _match(saved, target, directory, step):
     old, new = leaves(saved), leaves(target)
     lines = []
     for name in sorted({**old, **new}):
+        if part and name not in new:
+            continue
         if old.get(name) != new.get(name):
             lines += [f"- {name} {old[name]}"] if name in old else []
             lines += [f"+ {name} {new[name]}"] if name in new else []
@@ -239,20 +240,10 @@ def _match(saved, target, directory, step):
         )
 
 
-class _reader:
-    """A manager that only reads, closed at the end."""
-
-    def __init__(self, directory):
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        self.manager = ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS
-        )
-
-    def __enter__(self):
-        return self.manager
-
-    def __exit__(self, *error):
-        self.manager.close()
+def _read(path, handler, args=None):
+    """Reads one item, named by its folder."""
+    with ocp.Checkpointer(handler) as reader:
+        return reader.restore(path, args=args or ocp.args.JsonRestore())
 
 
 class _told:

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 
 class Mean(struct.PyTreeNode):
     """A mean: the weighted sum of what was seen, and how many were seen."""
 
-    sum: Array
-    count: Array
+    sum: ArrayLike
+    count: ArrayLike
 
     def value(self) -> float:
         """The mean; nan where nothing was seen."""
@@ -28,8 +29,8 @@ class Calibration(struct.PyTreeNode):
     `sum` `[bins]` holds confidence minus correctness, `count` `[bins]` the examples.
     """
 
-    sum: Array
-    count: Array
+    sum: ArrayLike
+    count: ArrayLike
 
     def value(self) -> float:
         """The error, 0 to 1: bins weigh as many examples as they hold."""
@@ -40,8 +41,8 @@ class Calibration(struct.PyTreeNode):
 class Confusion(struct.PyTreeNode):
     """How often each class (row) was called each class (column): `sum` `[V, V]`."""
 
-    sum: Array
-    count: Array
+    sum: ArrayLike
+    count: ArrayLike
 
     def value(self) -> list[list[int]]:
         """The table itself, as rows of integers."""

@@ -16,9 +16,12 @@ LossFn = Callable[[Params, Batch, Array], tuple[Array, Metrics]]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step changes: `step` counts updates, `ema` is None where unused."""
+    """All that a step changes: `step` counts updates, `ema` is None where unused.
 
-    step: Array
+    Leaves are arrays, or whatever a `jax.tree.map` over them makes: shapes, placements.
+    """
+
+    step: Any
     params: Params
     opt_state: optax.OptState
     ema: Params | None = None

@@ -6,6 +6,7 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where a TPU's library is installed.
 
 import jax
+import jaxtyping
 import pytest
 
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
@@ -19,3 +20,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' own check of shapes and types: what a user meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -14,7 +14,7 @@ FLOORS = [
     "ops objectives samplers optim muon steps metrics",
     "layers",
     "models",
-    "convert data checkpoint experiment",
+    "convert data checkpoint experiment setup",
 ]
 HEIGHT = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 PROGRAMS = {"train", "evaluate", "configs", "tests"}
@@ -84,7 +84,9 @@ def test_no_module_brings_in_tensorflow_or_torch():
         ".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
         for p in modules()
     ]
-    code = f"import {', '.join(names)}, sys; print({{'torch', 'tensorflow'}} & set(sys.modules))"
+    code = (
+        f"import {', '.join(names)}, sys; print({{'torch', 'tensorflow'}} & set(sys.modules))"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -13,9 +13,9 @@ from jaxformer import checkpoint
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, describe, differences
+from jaxformer.setup import Setup, setup
 from jaxformer.steps import TrainState
 from train.log import Log
-from train.setup import Setup, setup
 
 
 class Diverged(RuntimeError):

@@ -1,6 +1,7 @@
 """The one linear layer."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class Einsum(nn.Module):
     """
 
     equation: str
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
     use_bias: bool = False
     dtype: DTypeLike = jnp.bfloat16
     kernel_init: nn.initializers.Initializer | None = None

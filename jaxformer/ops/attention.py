@@ -108,11 +108,15 @@ def max_logit(q, k, *, mask: Mask | None = None, scale=None) -> Float[Array, "N"
 
 
 def _logits(q, k, scale, softcap):
-    """Scaled and capped products in float32: `B T N H`, `B S K H` -> `B K G T S`."""
-    B, T, _, H = q.shape
-    q = q.reshape(B, T, k.shape[2], -1, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    logits = logits * scale
+    """Scaled and capped products in float32: `B T N H`, `B S K H` -> `B K G T S`.
+
+    Heads lead and the `G` queries of a key head lie below one another, so that it is one
+    batched product of plain matrices, which a CPU does twice as fast as the einsum.
+    """
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    q = (q * scale).swapaxes(1, 2).reshape(B, K, N // K * T, H)
+    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    logits = logits.reshape(B, K, N // K, T, S)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -123,22 +127,20 @@ def _rows(q, index, k, v, bias, mask, T, scale, softcap):
     if bias is not None:
         bias = jnp.broadcast_to(bias, (bias.shape[0], N, *bias.shape[2:]))
         logits += bias.reshape(-1, K, N // K, t, S)
-    if isinstance(mask, Full):
-        weights = jax.nn.softmax(logits)
-    else:
+    seen = None
+    if not isinstance(mask, Full):
         seen = mask.visible(index, jnp.arange(S), (T, S))[:, None, None]
-        weights = _masked_softmax(logits, seen)
-    y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return y.reshape(B, t, N, H)
-
-
-def _masked_softmax(logits, seen):
-    """Softmax over what is seen; a row that sees nothing is 0, and so is its gradient."""
-    logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(logits - top), 0)
+        logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0)
     total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)
+    total = jnp.where(total > 0, total, 1)  # A row that sees nothing is 0.
+    # Divided after the product, where there are H numbers a row and not S.
+    weights = weights.astype(v.dtype).reshape(B, K, N // K * t, S)
+    y = jnp.matmul(weights, v.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    y = y.reshape(B, K, N // K, t, H) / total
+    return y.reshape(B, N, t, H).swapaxes(1, 2).astype(v.dtype)
 
 
 def _check(q, k, v, mask, bias):

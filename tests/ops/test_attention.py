@@ -93,7 +93,7 @@ def test_chunked_gradients_and_tangents_equal_the_reference(name, key):
         return jax.jit(run)(*arrays)
 
     a, b = (both(attend) for attend in IMPLEMENTATIONS.values())
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6, 1e-5), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), a, b)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -147,7 +147,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_names_the_argument_and_the_rule(name):
+def test_bad_input_names_the_argument_and_the_rule(name, unchecked):
     changes, message = BAD[name]
     shapes = {n: changes.get(n, (2, 7, 2, 8)) for n in "qkv"}
     arrays = [jnp.zeros(s) for s in shapes.values()]
@@ -155,4 +155,4 @@ def test_bad_input_names_the_argument_and_the_rule(name):
     if "bias" in options:
         options["bias"] = jnp.zeros(options["bias"])
     with pytest.raises(ValueError, match=message):
-        attend.__wrapped__(*arrays, **options)  # Under the shape checker of the tests.
+        attend(*arrays, **options)

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from jaxformer.ops.mask import (
-    BlockDiffusion, Causal, Full, Prefix, Segments, Spans, Window,
+    BlockDiffusion,
+    Causal,
+    Full,
+    Prefix,
+    Segments,
+    Spans,
+    Window,
 )  # fmt: skip
 
 IDS = jnp.array([[1, 1, 2, 2, 0]])
@@ -29,7 +35,9 @@ TABLE = {
 
 
 def picture(mask) -> str:
-    return " ".join("".join(map(str, row)) for row in np.asarray(mask.dense(5, 5))[0].astype(int))
+    return " ".join(
+        "".join(map(str, row)) for row in np.asarray(mask.dense(5, 5))[0].astype(int)
+    )
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -40,9 +48,9 @@ def test_pictures(name):
 
 def test_block_diffusion_is_the_papers_three_masks():
     mask = BlockDiffusion(2).dense(8, 8)[0].astype(int)
-    noisy = "1100 1100 0011 0011".split()
-    before = "0000 0000 1100 1100".split()
-    upto = "1100 1100 1111 1111".split()
+    noisy = ["1100", "1100", "0011", "0011"]
+    before = ["0000", "0000", "1100", "1100"]
+    upto = ["1100", "1100", "1111", "1111"]
     rows = [a + b for a, b in zip(noisy, before, strict=True)] + ["0000" + c for c in upto]
     assert ["".join(map(str, row)) for row in np.asarray(mask)] == rows
 

@@ -1,0 +1,60 @@
+"""`python -m evaluate CONFIG.py --checkpoint DIR [--json FILE] [a.b=c ...]`."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from jaxformer.errors import InputError
+from jaxformer.experiment import load
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluates; returns the exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluate",
+        description="Evaluates a checkpoint, sharded, exact to the last example.",
+    )
+    parser.add_argument("config", help="the config that the run was trained with")
+    parser.add_argument("overrides", nargs="*", help="the run's, such as model.depth=8")
+    parser.add_argument("--checkpoint", required=True, help="a run's directory")
+    parser.add_argument("--step", type=int, help="default: the last")
+    parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
+    parser.add_argument("--json", help="a file for every metric's sum, count and value")
+    parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
+        experiment = load(args.config, [*args.overrides, *mesh])
+        from evaluate.report import confusion_picture, table
+        from evaluate.run import evaluate_checkpoint
+
+        step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
+        print(table(step, found))
+        pictures = pathlib.Path(args.pictures or pathlib.Path(args.checkpoint, "evaluation"))
+        for name, metrics in found.items():
+            if "confusion" in metrics:
+                path = confusion_picture(metrics["confusion"], pictures / f"{name}_confusion")
+                print(f"confusion: {path}")
+        if args.json:
+            text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)
+            pathlib.Path(args.json).write_text(text + "\n")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def as_json(found: dict) -> dict:
+    """Every metric's sum, count and value."""
+    return {
+        name: {
+            metric: {"sum": m.sum.tolist(), "count": m.count.tolist(), "value": m.value()}
+            for metric, m in metrics.items()
+        }
+        for name, metrics in found.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxformer import checkpoint
+from jaxformer.data.loader import Pipeline, train_batches
+from jaxformer.data.sources import Digits
+from jaxformer.errors import InputError
+from jaxformer.sharding import make_mesh
+from jaxformer.steps import init_state
+
+
+def batches():
+    return train_batches(Pipeline(Digits("test")), batch_size=8, seed=0)
+
+
+def make_state(key, width=256):
+    params = {"a": {"kernel": jax.random.normal(key, (width, 64))}, "b": {"bias": jnp.ones(3)}}
+    tx = optax.adamw(1e-3)
+    return {"state": init_state(params, tx, ema=True), "key": jax.random.key_data(key)}
+
+
+def shapes(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with steps 1 to 3, and the tree that was saved as step 3."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    manager = checkpoint.open_manager(folder, last=3, best=0)
+    data = batches()
+    for step in (1, 2, 3):
+        tree = make_state(jax.random.key(step))
+        next(data)
+        checkpoint.save(manager, step, tree, data, {"model": {"depth": step}}, {"top1": 0.5})
+    manager.close()
+    return folder, tree
+
+
+def copied(saved, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(saved[0], tmp_path / "checkpoints"))
+
+
+def test_comes_back_bitwise_with_the_data_position(saved):
+    folder, tree = saved
+    data = batches()
+    found = checkpoint.restore(folder, 3, shapes(tree), data)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    ahead = batches()
+    for _ in range(3):
+        next(ahead)
+    np.testing.assert_array_equal(next(data)["image"], next(ahead)["image"])
+    assert checkpoint.read_experiment(folder, 3) == {"model": {"depth": 3}}
+    assert checkpoint.steps(folder) == [1, 2, 3]
+
+
+def test_comes_back_on_another_mesh(saved):
+    folder, tree = saved
+    place = jax.NamedSharding(make_mesh("fsdp=4,tensor=2"), jax.P("fsdp"))
+    target = shapes(tree)
+    kernel = target["state"].params["a"]["kernel"]
+    target["state"].params["a"]["kernel"] = jax.ShapeDtypeStruct(
+        kernel.shape, kernel.dtype, sharding=place
+    )
+    found = checkpoint.restore(folder, 3, target)["state"].params["a"]["kernel"]
+    assert found.sharding == place
+    np.testing.assert_array_equal(found, tree["state"].params["a"]["kernel"])
+
+
+def test_a_part_comes_back_alone(saved):
+    folder, tree = saved
+    target = {"state": {"ema": shapes(tree)["state"].ema}}
+    found = checkpoint.restore(folder, 3, target, part=True)
+    jax.tree.map(np.testing.assert_array_equal, found["state"]["ema"], tree["state"].ema)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    manager = checkpoint.open_manager(tmp_path / "c", last=2, best=1, metric="top1")
+    data = batches()
+    for step, score in enumerate([0.1, 0.9, 0.3, 0.2, 0.4], start=1):
+        checkpoint.save(manager, step, {"x": jnp.ones(2)}, data, {}, {"top1": score})
+    manager.close()
+    assert checkpoint.steps(tmp_path / "c") == [2, 4, 5]
+
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint32, jnp.bool_]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_digest_sees_every_single_bit(dtype, key):
+    x = np.asarray(jax.random.normal(key, (5, 3)) > 0 if dtype == jnp.bool_ else
+                   (100 * jax.random.normal(key, (5, 3))).astype(dtype))  # fmt: skip
+    whole = checkpoint.digest({"x": jnp.asarray(x)})["x"].tolist()
+    raw = x.view(np.uint8)
+    bits = 1 if dtype == jnp.bool_ else 8
+    for place in range(raw.size):
+        for bit in range(bits):
+            broken = raw.copy()
+            broken.reshape(-1)[place] ^= 1 << bit
+            found = checkpoint.digest({"x": jnp.asarray(broken.view(x.dtype))})["x"].tolist()
+            assert found[0] != whole[0] and found[1] != whole[1]
+
+
+def test_digest_sees_order_and_not_the_mesh(key):
+    x = jax.random.normal(key, (16, 8))
+    whole = checkpoint.digest({"x": x})["x"].tolist()
+    assert checkpoint.digest({"x": x[::-1]})["x"].tolist() != whole
+    assert checkpoint.digest({"x": x.T})["x"].tolist() != whole
+    for sizes, spec in (
+        ("data=8", jax.P("data")),
+        ("fsdp=2,tensor=4", jax.P("tensor", "fsdp")),
+    ):
+        placed = jax.device_put(x, jax.NamedSharding(make_mesh(sizes), spec))
+        assert checkpoint.digest({"x": placed})["x"].tolist() == whole
+
+
+def array_files(folder):
+    files = [p for p in (folder / "3" / "state").rglob("*") if p.is_file()]
+    return sorted((p for p in files if p.parent.name == "d"), key=lambda p: -p.stat().st_size)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_found(place, saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    victim = array_files(folder)[0]
+    data = bytearray(victim.read_bytes())
+    data[int(place * len(data))] ^= 4
+    victim.write_bytes(data)
+    with pytest.raises(InputError, match=r"checkpoints/3 is damaged: .*go back to step 2"):
+        checkpoint.restore(folder, 3, shapes(saved[1]))
+
+
+def damage_truncate(folder):
+    victim = array_files(folder)[0]
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+
+
+def damage_delete(folder):
+    array_files(folder)[0].unlink()
+
+
+def damage_metadata(folder):
+    (folder / "3" / "state" / "_METADATA").write_text("{}")
+
+
+def damage_digests(folder):
+    for path in (folder / "3" / "digests").glob("*"):
+        path.write_text(path.read_text().replace("1", "2"))
+
+
+def damage_position(folder):
+    for path in (folder / "3" / "data").rglob("*.json"):
+        path.write_text(json.dumps({"step": 5}))
+
+
+def damage_item(folder):
+    shutil.rmtree(folder / "3" / "state")
+
+
+DAMAGES = [damage_truncate, damage_delete, damage_metadata, damage_digests, damage_position,
+           damage_item]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_other_damage_is_found_and_the_one_before_is_whole(damage, saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    damage(folder)
+    with pytest.raises(InputError, match="checkpoints/3 is damaged") as error:
+        checkpoint.restore(folder, 3, shapes(saved[1]), batches())
+    assert "\n" not in str(error.value)
+    assert checkpoint.restore(folder, 2, shapes(saved[1]), batches())
+
+
+def test_an_experiment_that_was_changed_on_disk_is_found(saved, tmp_path):
+    folder = copied(saved, tmp_path)
+    for path in (folder / "3" / "experiment").glob("*"):
+        path.write_text(path.read_text().replace("3", "4"))
+    with pytest.raises(InputError, match="damaged: the experiment's digest does not match"):
+        checkpoint.read_experiment(folder, 3)
+
+
+def test_a_state_of_other_shapes_lists_every_difference(saved):
+    folder, tree = saved
+    target = shapes(tree)
+    params = target["state"].params
+    params["a"]["kernel"] = jax.ShapeDtypeStruct((256, 32), jnp.bfloat16)
+    params["c"] = params.pop("b")
+    with pytest.raises(InputError) as error:
+        checkpoint.restore(folder, 3, target)
+    lines = str(error.value).splitlines()
+    assert "does not fit this experiment" in lines[0]
+    assert lines[1:] == [
+        "- state/params/a/kernel float32[256, 64]",
+        "+ state/params/a/kernel bfloat16[256, 32]",
+        "- state/params/b/bias float32[3]",
+        "+ state/params/c/bias float32[3]",
+    ]
+
+
+def test_a_directory_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint; name a directory"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path / "nowhere")

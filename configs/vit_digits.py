@@ -27,7 +27,7 @@ def experiment() -> Experiment:
             pool="gap",
         ),
         objective=Classify(smoothing=0.1),
-        optimizer=Muon(rate=Cosine(peak=0.02, warmup=50)),
+        optimizer=Muon(rate=Cosine(peak=0.02, warmup=0.1)),
         data=Pipeline(Digits("train"), (Affine(shift=1.0, degrees=10, scale=0.1), normalize)),
         evals={"test": Pipeline(Digits("test"), (normalize,))},
         steps=600,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import pathlib
 import sys
 
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="a file for every metric's sum, count and value")
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
     args = parser.parse_intermixed_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
     try:
         mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
         experiment = load(args.config, [*args.overrides, *mesh])

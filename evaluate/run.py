@@ -1,6 +1,7 @@
 """Evaluation that is exact on any mesh: sums over every example, padding weighs 0."""
 
 import math
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,7 +42,11 @@ def batches(pipeline: Pipeline, batch_size: int, ways: int) -> Iterable[dict]:
 
 
 def evaluate_checkpoint(
-    experiment: Experiment, directory: str, step: int | None = None
+    experiment: Experiment,
+    directory: str | pathlib.Path,
+    step: int | None = None,
+    *,
+    devices=None,
 ) -> tuple[int, dict[str, metrics.Metrics]]:
     """Every evaluation of an experiment on a checkpoint of its run.
 
@@ -51,6 +56,7 @@ def evaluate_checkpoint(
       experiment: the one that was trained.
       directory: the run's directory, or its folder of checkpoints.
       step: which checkpoint, the last if not given.
+      devices: all that JAX sees, if not given.
 
     Raises:
       InputError: no such checkpoint, a damaged one, or one of another model.
@@ -70,7 +76,8 @@ def evaluate_checkpoint(
     if not experiment.evals:
         raise InputError("the experiment has no evals; name some in its config")
     first = next(iter(batches(next(iter(experiment.evals.values())), 1, 1)))
-    made = setup(experiment, [jax.typeof(first[name]) for name in experiment.objective.inputs])
+    inputs = [jax.typeof(first[name]) for name in experiment.objective.inputs]
+    made = setup(experiment, inputs, devices)
     part = "params" if experiment.ema is None else "ema"
     target = {"state": {part: getattr(made.state, part)}}
     params = checkpoint.restore(folder, step, target, part=True)["state"][part]

@@ -1,6 +1,7 @@
 """`python -m train CONFIG.py [--workdir DIR] [--mesh data=2,fsdp=4] [a.b=c ...]`."""
 
 import argparse
+import logging
 import pathlib
 import sys
 
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
     parser.add_argument("--profile", help="FIRST:LAST, steps that a trace is written of")
     argv = sys.argv[1:] if argv is None else argv
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
     try:
         if {"-h", "--help"} & set(argv):
             parser.print_help()

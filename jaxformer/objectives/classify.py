@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer import metrics
+from jaxformer.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,15 @@ class Classify:
 
     smoothing: float = 0.0
     inputs: tuple[str, ...] = ("image",)
+
+    def check(self, model: Any, pipeline: Any) -> None:
+        """Raises InputError where the data has more classes than the model."""
+        classes = pipeline.source.num_classes
+        if classes > model.num_classes:
+            raise InputError(
+                f"{type(pipeline.source).__name__} has {classes} classes, but "
+                f"model.num_classes={model.num_classes}; set model.num_classes={classes}"
+            )
 
     def loss(
         self, apply: Callable[..., Array], params: Any, batch: dict, key: Array

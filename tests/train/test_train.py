@@ -1,0 +1,172 @@
+"""The program whole, on a model so small that a run takes seconds."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from evaluate.run import evaluate_checkpoint
+from jaxformer import checkpoint
+from jaxformer.experiment import load
+from train.run import Diverged, train
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_digits.py"
+TINY = (
+    "model.width=32", "model.depth=2", "model.mlp_dim=48", "batch_size=24", "steps=20",
+    "eval_every=10", "keep.every=10", "log_every=1", "eval_batch_size=100", "ema=0.9",
+    "data.batch_transforms=()",
+)  # fmt: skip
+
+
+def experiment(*overrides, one=True):
+    return load(CONFIG, [*TINY, *(["mesh=data=1"] if one else []), *overrides])
+
+
+def run(workdir, *overrides, devices=1):
+    return train(experiment(*overrides, one=False), workdir, devices=jax.devices()[:devices])
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return np.array([r["loss"] for r in rows(workdir) if "loss" in r])
+
+
+def assert_same(a, b):
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 20 steps on one device, and its final state."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, run(workdir)
+
+
+def test_a_run_leaves_everything_a_reader_needs(finished):
+    workdir, state = finished
+    assert int(state.step) == 20
+    made = rows(workdir)
+    assert [r["step"] for r in made if "loss" in r] == list(range(1, 21))
+    assert losses(workdir)[-5:].mean() < losses(workdir)[:5].mean()
+    assert {"grad_norm", "learning_rate", "accuracy", "examples_per_second"} < set(made[0])
+    assert [r["step"] for r in made if "eval/test/top1" in r] == [10, 20]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["experiment"]["model"]["depth"] == 2 and config["versions"]["jax"]
+    assert checkpoint.steps(workdir / "checkpoints") == [10, 20]
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_a_run_that_is_done_stays_as_it_is(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "done")
+    assert_same(run(workdir), finished[1])
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "killed")
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": 0.1}\n{"step": 2')  # As a kill leaves it.
+    assert_same(run(workdir), finished[1])
+    assert [r["step"] for r in rows(workdir) if "loss" in r] == list(range(1, 21))
+    np.testing.assert_array_equal(losses(workdir), losses(finished[0]))
+
+
+MESHES = {
+    "data=8": 8,
+    "fsdp=8": 8,
+    "fsdp=4,tensor=2": 8,
+    "data=2,fsdp=2,tensor=2": 8,
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_gives_the_same_losses_and_holds_its_share(mesh, finished, tmp_path):
+    state = run(tmp_path, f"mesh={mesh}", devices=MESHES[mesh])
+    np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-5)
+
+    def bytes_a_device(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    ways = 8 if "data" not in mesh else {"data=8": 1}.get(mesh, 4)
+    for tree, whole in zip(
+        (state.params, state.opt_state),
+        (finished[1].params, finished[1].opt_state),
+        strict=True,
+    ):
+        share = bytes_a_device(tree) / bytes_a_device(whole)
+        print(f"{mesh}: {bytes_a_device(tree):,} bytes a device, {share:.3f} of the whole")
+        assert share < 1.25 / ways
+
+
+def test_resumes_on_another_mesh(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "moved")
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    run(workdir, "mesh=data=2,fsdp=2", devices=4)
+    np.testing.assert_allclose(losses(workdir), losses(finished[0]), rtol=1e-5)
+
+
+def test_accumulation_takes_the_same_steps(finished, tmp_path):
+    run(tmp_path, "accumulate=2", "steps=3")
+    np.testing.assert_allclose(losses(tmp_path)[0], losses(finished[0])[0], rtol=1e-5)
+
+
+def counts(found):
+    return {
+        f"{name}/{metric}": (np.asarray(m.sum).tolist(), np.asarray(m.count).tolist())
+        for name, group in found.items()
+        for metric, m in group.items()
+        if np.issubdtype(np.asarray(m.sum).dtype, np.integer)
+    }
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_evaluation_counts_are_equal_integers_on_any_number_of_devices(devices, finished):
+    small = experiment("eval_batch_size=7")
+    _, one = evaluate_checkpoint(small, finished[0], devices=jax.devices()[:1])
+    other = experiment("eval_batch_size=50", f"mesh=data={devices}", one=False)
+    step, found = evaluate_checkpoint(other, finished[0], devices=jax.devices()[:devices])
+    assert step == 20 and counts(found) == counts(one)
+    assert counts(found)["test/top1"][1] == 360, "which neither 7 nor 51 divides"
+    for metric in ("loss", "calibration"):
+        a, b = (f["test"][metric].value() for f in (found, one))
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_evaluation_is_what_the_run_wrote(finished):
+    _, found = evaluate_checkpoint(experiment(), finished[0], devices=jax.devices()[:1])
+    (last,) = [r for r in rows(finished[0]) if r["step"] == 20 and "eval/test/top1" in r]
+    assert found["test"]["top1"].value() == last["eval/test/top1"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
+    wild = ("optimizer.rate.peak=1e30", "optimizer.rate.warmup=0.5", "keep.every=2")
+    good = ("optimizer.rate.peak=1e-3", "optimizer.rate.warmup=0.5", "keep.every=2", "steps=4")
+    with pytest.raises(Diverged, match=r"step \d+: the loss is (nan|inf); none was saved: "):
+        run(tmp_path / "a", *wild)
+    run(tmp_path / "b", *good)
+    described = checkpoint.read_experiment(tmp_path / "b" / "checkpoints", 4)
+    described["optimizer"]["rate"]["peak"] = 1e30
+    assert checkpoint.steps(tmp_path / "b" / "checkpoints") == [2, 4]
+
+
+def test_skipping_leaves_such_steps_out(tmp_path):
+    state = run(tmp_path, "optimizer.rate.peak=1e30", "nonfinite=skip", "steps=6")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert sum(r.get("skipped", 0) for r in rows(tmp_path)) >= 3
+
+
+def test_qk_clip_bounds_the_logits_of_a_run(tmp_path):
+    run(tmp_path, "optimizer.qk_clip=0.01", "steps=3")
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+def test_a_profile_is_written(tmp_path):
+    train(experiment("steps=4", one=False), tmp_path, profile=(2, 4), devices=jax.devices()[:1])
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

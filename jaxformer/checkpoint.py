@@ -81,7 +81,7 @@ def save(
       metrics: what the best is chosen by.
     """
     proof = {
-        "state": {name: pair.tolist() for name, pair in digest(state).items()},
+        "state": digest(state),
         "data": _sha(data.get_state()),
         "experiment": _sha(experiment),
     }
@@ -159,8 +159,8 @@ def restore(
             places = ocp.checkpoint_utils.construct_restore_args(target)
             args = ocp.args.PyTreeRestore(target, places, partial_restore=part)
             state = reader.restore(folder / "state", args=args)
-        found = {name: pair.tolist() for name, pair in digest(state).items()}
-        broken = [name for name in found if found[name] != proof["state"].get(name)]
+        found = digest(state)
+        broken = [name for name in found if [*found[name]] != proof["state"].get(name)]
         if broken:
             raise ValueError(f"the digest of {', '.join(broken)} does not match")
         if data is not None:
@@ -171,7 +171,7 @@ def restore(
         return state
 
 
-def digest(tree: PyTree) -> dict[str, UInt32[Array, "2"]]:
+def digest(tree: PyTree) -> dict[str, tuple[int, int]]:
     """Two 32-bit sums a leaf over (index, bits) of its elements, computed where it lies.
 
     Each term is a bijection of the element's bits (the finaliser of MurmurHash3), so one
@@ -179,22 +179,29 @@ def digest(tree: PyTree) -> dict[str, UInt32[Array, "2"]]:
     not care for order: the digest is the same on every mesh.
     """
     leaves = jax.tree.leaves_with_path(tree)
-    return {path_name(path): _digest(leaf) for path, leaf in leaves}
+    # One program for all, alone on the devices: collectives of several programs at once
+    # can wait for each other for ever on CPU devices that share few cores.
+    jax.block_until_ready(tree)
+    found = jax.device_get(_digests([leaf for _, leaf in leaves]))
+    return {path_name(p): tuple(d.tolist()) for (p, _), d in zip(leaves, found, strict=True)}
 
 
 @jax.jit
+def _digests(leaves: list[Array]) -> list[UInt32[Array, "2"]]:
+    return [_digest(leaf) for leaf in leaves]
+
+
 def _digest(x: Array) -> UInt32[Array, "2"]:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     width = x.dtype.itemsize
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32 if width >= 4 else f"uint{8 * width}")
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(width, 4)}")
     words = words.astype(jnp.uint32)  # 64-bit elements have become pairs.
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, words.shape, axis
-        )
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * jnp.uint32(size) + along
     terms = [_mix(words ^ _mix(index + jnp.uint32(seed))) for seed in (1, 0x9E3779B9)]
     return jnp.stack([term.sum(dtype=jnp.uint32) for term in terms])
 
@@ -260,7 +267,8 @@ class _told:
             return
         earlier = [s for s in steps(self.directory) if s < self.step]
         remedy = f"go back to step {earlier[-1]}" if earlier else "start anew"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().split(". See full")[0].splitlines()
+        reason = reason or [type(error).__name__]
         raise InputError(
             f"checkpoint {self.directory}/{self.step} is damaged: {reason[0][:300]}; remove "
             f"that folder to {remedy}"

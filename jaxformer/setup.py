@@ -41,13 +41,13 @@ class Setup:
 
 
 def setup(
-    experiment: Experiment, inputs: Sequence[jax.ShapeDtypeStruct], devices=None
+    experiment: Experiment, inputs: Sequence[Any], devices=None
 ) -> Setup:
     """Lays an experiment out on its mesh; nothing is compiled or allocated yet.
 
     Args:
       experiment: what to run.
-      inputs: shapes of what the model is called with, batch axis first.
+      inputs: what the model is called with, by shape and dtype, batch axis first.
       devices: all that JAX sees, if not given.
 
     Raises:

@@ -40,9 +40,7 @@ class Setup:
         return math.prod(self.mesh.shape[name] for name in self.batch.spec[0] or ())
 
 
-def setup(
-    experiment: Experiment, inputs: Sequence[Any], devices=None
-) -> Setup:
+def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
     """Lays an experiment out on its mesh; nothing is compiled or allocated yet.
 
     Args:

@@ -8,6 +8,7 @@ import sys
 
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.metrics import Confusion
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         print(table(step, found))
         pictures = pathlib.Path(args.pictures or pathlib.Path(args.checkpoint, "evaluation"))
         for name, metrics in found.items():
-            if "confusion" in metrics:
-                path = confusion_picture(metrics["confusion"], pictures / f"{name}_confusion")
+            confusion = metrics.get("confusion")
+            if isinstance(confusion, Confusion):
+                path = confusion_picture(confusion, pictures / f"{name}_confusion")
                 print(f"confusion: {path}")
         if args.json:
             text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)

@@ -39,7 +39,7 @@ def open_manager(
       metric: a name in the metrics that `save` is given; the greatest is the best.
     """
     preservation = ocp.checkpoint_managers.preservation_policy
-    policies = [preservation.LatestN(last)]
+    policies: list[Any] = [preservation.LatestN(last)]
     if metric is not None:
 
         def score(metrics: dict[str, float]) -> float:

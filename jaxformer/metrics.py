@@ -4,19 +4,21 @@ A metric is a frozen pytree. Add two with `merge`, read one with `.value()`. Cou
 integers, so that they are equal on any number of devices.
 """
 
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 
 class Mean(struct.PyTreeNode):
     """A mean: the weighted sum of what was seen, and how many were seen."""
 
-    sum: ArrayLike
-    count: ArrayLike
+    sum: Any  # An array: of JAX inside of a step, of NumPy on the host.
+    count: Any
 
     def value(self) -> float:
         """The mean; nan where nothing was seen."""
@@ -29,8 +31,8 @@ class Calibration(struct.PyTreeNode):
     `sum` `[bins]` holds confidence minus correctness, `count` `[bins]` the examples.
     """
 
-    sum: ArrayLike
-    count: ArrayLike
+    sum: Any
+    count: Any
 
     def value(self) -> float:
         """The error, 0 to 1: bins weigh as many examples as they hold."""
@@ -41,8 +43,8 @@ class Calibration(struct.PyTreeNode):
 class Confusion(struct.PyTreeNode):
     """How often each class (row) was called each class (column): `sum` `[V, V]`."""
 
-    sum: ArrayLike
-    count: ArrayLike
+    sum: Any
+    count: Any
 
     def value(self) -> list[list[int]]:
         """The table itself, as rows of integers."""
@@ -54,7 +56,7 @@ Metrics = dict[str, Mean | Calibration | Confusion]
 
 def merge(a: PyTree, b: PyTree) -> PyTree:
     """Adds two trees of metrics; on the host in 64 bits, so that long sums stay exact."""
-    return jax.tree.map(_add, a, b)
+    return jax.tree.map(operator.add, a, b)
 
 
 def to_host(metrics: PyTree) -> PyTree:
@@ -117,7 +119,3 @@ def classification(
         ),
         "confusion": Confusion(jnp.zeros((V, V), jnp.int32).at[labels, guess].add(ones), count),
     }
-
-
-def _add(a, b):
-    return a + b

@@ -127,10 +127,4 @@ def _under(mesh, rules, function):
         with sharding.use(mesh, rules):
             return function(*args)
 
-    call.lower = functools.partial(_lower, mesh, rules, function)
     return call
-
-
-def _lower(mesh, rules, function, *args):
-    with sharding.use(mesh, rules):
-        return function.lower(*args)

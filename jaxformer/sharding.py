@@ -6,7 +6,7 @@ the configs ever write the name of a mesh axis. See "The alphabet" in the README
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -116,7 +116,7 @@ def _parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def partitioned(init: nn.initializers.Initializer, letters: str):
+def partitioned(init: nn.initializers.Initializer, letters: str) -> Callable[..., Any]:
     """Wraps an initializer so that its array carries the axes its letters name."""
     return nn.with_logical_partitioning(init, tuple(map(PARAMETERS.get, letters)))
 

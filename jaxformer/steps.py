@@ -75,7 +75,7 @@ def train_step(
     tx = optax.with_extra_args_support(tx)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **stats)
     params = optax.apply_updates(state.params, updates)
-    average = state.ema
+    average: Any = state.ema
     if ema is not None:
         average = optax.incremental_update(params, average, 1 - ema)
     grad_norm = optax.tree.norm(grads)
@@ -120,7 +120,7 @@ def _accumulated(grad_fn, params, batch, key, parts):
     return (loss, metrics | ({"stats": stats} if stats else {})), grads
 
 
-def with_stats(loss: Callable, apply: Callable[..., Array]) -> LossFn:
+def with_stats(loss: Callable, apply: Callable[..., Any]) -> LossFn:
     """Makes `loss(apply, params, batch, key)` a LossFn whose metrics hold "stats".
 
     They are the collection "stats" that the model's layers wrote, for an optimizer that

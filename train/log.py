@@ -93,7 +93,7 @@ class Log:
         if due:
             rate = self.counted * self.batch_size / self.spent
             row = metrics | {"examples_per_second": rate}
-            if self.peak is not None:
+            if self.peak is not None and self.flops is not None:
                 row["mfu"] = self.flops / self.batch_size * rate / self.peak
             self._write(step, row)
             self.counted, self.spent = 0, 0.0

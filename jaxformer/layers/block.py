@@ -51,11 +51,11 @@ class Mlp(nn.Module):
 class LayerScale(nn.Module):
     """A learned factor for each channel of a branch. Source: Touvron et al. 2021."""
 
-    init: float
+    initial: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        init = partitioned(nn.initializers.constant(self.init), "D")
+        init = partitioned(nn.initializers.constant(self.initial), "D")
         scale = self.param("scale", init, x.shape[-1:])
         return x * scale.astype(x.dtype)[None, None]
 
@@ -119,7 +119,7 @@ class Stack(nn.Module):
     ) -> Float[Array, "B T D"]:
         drops = train and self.drop_path > 0
 
-        def body(block: nn.Module, x: Array, rate: Array) -> tuple[Array, None]:
+        def body(block: nn.Module, x: Array, rate: Array | None) -> tuple[Array, None]:
             rate = rate if drops else None
             return block(x, train=train, drop_path_rate=rate, **inputs), None
 

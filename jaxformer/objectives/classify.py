@@ -33,7 +33,7 @@ class Classify:
             )
 
     def loss(
-        self, apply: Callable[..., Array], params: Any, batch: dict, key: Array
+        self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Mean cross-entropy in nats over the batch, and the accuracy beside it.
 
@@ -56,7 +56,7 @@ class Classify:
         right = (logits.argmax(-1) == targets.argmax(-1)) * weight
         return loss, {"accuracy": right.sum() / total}
 
-    def measure(self, apply: Callable[..., Array], params: Any, batch: dict) -> metrics.Metrics:
+    def measure(self, apply: Callable[..., Any], params: Any, batch: dict) -> metrics.Metrics:
         """Sums and counts of one batch, see `metrics.classification`."""
         logits = apply({"params": params}, *(batch[name] for name in self.inputs))
         return metrics.classification(logits, batch["label"], batch.get("weight"))

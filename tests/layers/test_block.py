@@ -88,7 +88,7 @@ def test_bad_heads_name_the_numbers(key):
 
 
 def test_shapes_are_checked(key):
-    with pytest.raises(Exception, match="(?i)type"):
+    with pytest.raises(Exception, match=r"(?i)type"):
         Attention(4, 8).init(key, jnp.zeros((2, 32)))
 
 

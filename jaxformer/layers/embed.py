@@ -13,15 +13,14 @@ from jaxformer.sharding import partitioned
 class Embedding(nn.Module):
     """A learned table `[count, width]`: positions, class and register tokens, probes."""
 
-    count: int
     width: int
     letters: str = "TD"
     std: float = 0.02
 
     @nn.compact
-    def __call__(self) -> Float[Array, "T D"]:
+    def __call__(self, count: int) -> Float[Array, "T D"]:
         init = partitioned(nn.initializers.normal(self.std), self.letters)
-        return self.param("embedding", init, (self.count, self.width))
+        return self.param("embedding", init, (count, self.width))
 
 
 class PatchEmbed(nn.Module):

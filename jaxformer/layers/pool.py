@@ -20,7 +20,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         B, _, D = x.shape
-        probe = Embedding(1, D, name="probe")().astype(x.dtype)
+        probe = Embedding(D, name="probe")(1).astype(x.dtype)
         y = self.attention(jnp.broadcast_to(probe, (B, 1, D)), x)
         y += self.mlp(LayerNorm(name="norm")(y))
         return y[:, 0]

@@ -81,77 +81,69 @@ class ViT(nn.Module):
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        D, dtype = self.width, self.dtype
+        if self.pool not in ("cls", "gap", "map"):
+            raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
+        if self.positions not in ("learned", "sincos", "rotary"):
+            raise ValueError(
+                f"positions={self.positions!r} must be one of learned, sincos, rotary"
+            )
+        self.embed = PatchEmbed(self.patch, D, dtype)
+        self.position = Embedding(D)
+        self.cls = Embedding(D)
+        self.register_tokens = Embedding(D, name="registers")
+        block = Block(
+            self._attention(),
+            self._mlp(),
+            layer_scale=self.layer_scale,
+            dropout=self.dropout,
+            parent=None,
+        )
+        self.stack = Stack(block, self.depth, self.remat, self.unroll, self.drop_path)
+        self.norm = LayerNorm()
+        self.attention_pool = AttentionPool(self._attention(), self._mlp(), name="pool")
+        zeros, sizes = nn.initializers.zeros, {"V": self.num_classes}
+        self.head = Einsum("BD,DV->BV", sizes, True, dtype, zeros)
+        self.drop = nn.Dropout(self.dropout)
+
     def __call__(
         self, images: Float[Array, "B Y X C"], *, train: bool = False
     ) -> Float[Array, "B V"]:
         x = self.encode(images, train=train)
-        prefix = self.registers + (self.pool == "cls")
         if self.pool == "cls":
             x = x[:, 0]
         elif self.pool == "gap":
-            x = x[:, prefix:].mean(1)
-        elif self.pool == "map":
-            x = AttentionPool(self._attention(), self._mlp(), name="pool")(x)
+            x = x[:, self.registers :].mean(1)
         else:
-            raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
-        if not self.num_classes:
-            return x
-        zeros, sizes = nn.initializers.zeros, {"V": self.num_classes}
-        head = Einsum("BD,DV->BV", sizes, True, self.dtype, zeros, name="head")
-        return head(x).astype(jnp.float32)
+            x = self.attention_pool(x)
+        return self.head(x).astype(jnp.float32) if self.num_classes else x
 
     def encode(
         self, images: Float[Array, "B Y X C"], *, train: bool = False
     ) -> Float[Array, "B T D"]:
-        """All tokens after the last norm: class token, registers, then patches."""
+        """All tokens after the last norm: class token (pool cls), registers, patches."""
         _, Y, X, _ = images.shape
         y, x_ = Y // self.patch, X // self.patch
-        x = PatchEmbed(self.patch, self.width, self.dtype, name="embed")(images)
-        cls = self.pool == "cls"
-        if cls:
-            x = self._prepend(x, "cls", 1)
+        first = int(self.pool == "cls")
+        x = self.embed(images)
+        if first:
+            x = _prepend(self.cls(1), x)
         angles = None
         if self.positions == "learned":
-            position = Embedding(x.shape[1], self.width, name="position")()
-            x += position.astype(x.dtype)[None]
+            x += self.position(x.shape[1]).astype(x.dtype)[None]
         elif self.positions == "sincos":
             position = jnp.asarray(sincos_2d(y, x_, self.width), x.dtype)
-            x += jnp.pad(position, ((int(cls), 0), (0, 0)))[None]
-        elif self.positions == "rotary":
-            angles = angles_2d(*grid(y, x_), self.width // self.num_heads)
-            prefix = self.registers + cls  # Not rotated: an angle of 0.
-            angles = jnp.pad(angles, ((prefix, 0), (0, 0)))[None]
+            x += jnp.pad(position, ((first, 0), (0, 0)))[None]
         else:
-            raise ValueError(
-                f"positions={self.positions!r} must be one of learned, sincos, rotary"
-            )
+            angles = angles_2d(*grid(y, x_), self.width // self.num_heads)
+            prefix = self.registers + first  # Not rotated: an angle of 0.
+            angles = jnp.pad(angles, ((prefix, 0), (0, 0)))[None]
         if self.registers:
-            first, rest = x[:, : int(cls)], x[:, int(cls) :]
-            rest = self._prepend(rest, "registers", self.registers)
-            x = jnp.concatenate([first, rest], axis=1)
-        x = nn.Dropout(self.dropout, deterministic=not train)(constrain(x, "BTD"))
-        stack = Stack(
-            Block(
-                self._attention(),
-                self._mlp(),
-                layer_scale=self.layer_scale,
-                dropout=self.dropout,
-                parent=None,
-            ),
-            self.depth,
-            self.remat,
-            self.unroll,
-            self.drop_path,
-            name="stack",
-        )
-        x = stack(x, train=train, angles=angles)
-        return LayerNorm(name="norm")(x)
-
-    def _prepend(self, x: Array, name: str, count: int) -> Array:
-        token = Embedding(count, self.width, name=name)().astype(x.dtype)
-        token = jnp.broadcast_to(token, (x.shape[0], *token.shape))
-        return jnp.concatenate([token, x], axis=1)
+            registers = _prepend(self.register_tokens(self.registers), x[:, first:])
+            x = jnp.concatenate([x[:, :first], registers], axis=1)
+        x = self.drop(constrain(x, "BTD"), deterministic=not train)
+        return self.norm(self.stack(x, train=train, angles=angles))
 
     def _attention(self) -> Attention:
         return Attention(
@@ -171,6 +163,12 @@ class ViT(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
+
+
+def _prepend(tokens: Array, x: Array) -> Array:
+    """Puts the same tokens, `T D`, before the rows of every example."""
+    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape))
+    return jnp.concatenate([tokens, x], axis=1)
 
 
 def flops(model: ViT, shape: tuple[int, int, int] = (224, 224, 3)) -> int:

@@ -2,6 +2,7 @@ import json
 import pathlib
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def test_comes_back_bitwise_with_the_data_position(saved):
     folder, tree = saved
     data = batches()
     found = checkpoint.restore(folder, 3, shapes(tree), data)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    chex.assert_trees_all_equal(found, tree)
     ahead = batches()
     for _ in range(3):
         next(ahead)
@@ -74,14 +75,14 @@ def test_comes_back_on_another_mesh(saved):
     found = checkpoint.restore(folder, 3, jax.tree.map(place, tree))
     kernel = found["state"].params["a"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (64, 64)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    chex.assert_trees_all_equal(found, tree)
 
 
 def test_a_part_comes_back_alone(saved):
     folder, tree = saved
     target = {"state": {"ema": shapes(tree)["state"].ema}}
     found = checkpoint.restore(folder, 3, target, part=True)
-    jax.tree.map(np.testing.assert_array_equal, found["state"]["ema"], tree["state"].ema)
+    chex.assert_trees_all_equal(found["state"]["ema"], tree["state"].ema)
 
 
 def test_keeps_the_last_and_the_best(tmp_path):

@@ -110,7 +110,7 @@ class Log:
 
     def resume_clock(self) -> None:
         """Leaves the time since the last step, of an evaluation or a save, uncounted."""
-        self.mark = time.monotonic() if self.counted == 0 else self.mark
+        self.mark = time.monotonic()
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         if self.first_process:

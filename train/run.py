@@ -54,6 +54,11 @@ def train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    with contextlib.closing(data):  # Ends its workers, however the run ends.
+        return _train(experiment, workdir, data, profile, devices)
+
+
+def _train(experiment, workdir, data, profile, devices) -> TrainState:
     first = data.get_state()
     batch = next(data)
     data.set_state(first)
@@ -113,7 +118,8 @@ def _loop(experiment, made, state, data, key, manager, log, described, start, pr
         if ends_save:
             tree = {"state": state, "key": jax.random.key_data(key)}
             checkpoint.save(manager, done, tree, data, described, scores)
-        log.resume_clock()
+        if ends_eval or ends_save:
+            log.resume_clock()
     trace.stop()
     manager.wait_until_finished()
     return state

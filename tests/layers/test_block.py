@@ -1,3 +1,4 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,7 @@ def test_stack_equals_the_loop_with_its_gradient(options, key):
         return jnp.sin(stack.apply({"params": p}, x, angles=turn)).sum()
 
     a, b = (jax.jit(jax.value_and_grad(f))(p, x) for f in (loop, scanned))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), a, b)
+    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_start_apart_and_carry_their_axis(key):

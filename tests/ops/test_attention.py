@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def test_chunked_gradients_and_tangents_equal_the_reference(name, key):
         return jax.jit(run)(*arrays)
 
     a, b = (both(attend) for attend in IMPLEMENTATIONS.values())
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5), a, b)
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

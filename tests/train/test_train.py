@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -37,10 +38,6 @@ def losses(workdir):
     return np.array([r["loss"] for r in rows(workdir) if "loss" in r])
 
 
-def assert_same(a, b):
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 20 steps on one device, and its final state."""
@@ -65,7 +62,7 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
 
 def test_a_run_that_is_done_stays_as_it_is(finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "done")
-    assert_same(run(workdir), finished[1])
+    chex.assert_trees_all_equal(run(workdir), finished[1])
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path):
@@ -73,7 +70,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "20")
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "loss": 0.1}\n{"step": 2')  # As a kill leaves it.
-    assert_same(run(workdir), finished[1])
+    chex.assert_trees_all_equal(run(workdir), finished[1])
     assert [r["step"] for r in rows(workdir) if "loss" in r] == list(range(1, 21))
     np.testing.assert_array_equal(losses(workdir), losses(finished[0]))
 

@@ -1,6 +1,7 @@
 """The loop: one for every family, because what differs is the loss."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -59,14 +60,7 @@ def train(
 
 
 def _train(experiment, workdir, data, profile, devices) -> TrainState:
-    first = data.get_state()
-    batch = next(data)
-    data.set_state(first)
-    shapes = {
-        name: jax.ShapeDtypeStruct((experiment.batch_size, *x.shape[1:]), x.dtype)
-        for name, x in batch.items()
-    }
-    inputs = [shapes[name] for name in experiment.objective.inputs]
+    inputs = _inputs(experiment)
     made = setup(experiment, inputs, devices)
     described = describe(experiment) | {
         "stream": fingerprint(experiment.data, experiment.batch_size, experiment.seed)
@@ -181,6 +175,15 @@ def _writable(workdir: pathlib.Path) -> None:
             f"{workdir}: the run cannot be written there ({error.strerror}); choose another "
             "directory with --workdir"
         ) from error
+
+
+def _inputs(experiment: Experiment) -> list[Any]:
+    """What the model is called with: a first batch, made here and not by workers, tells."""
+    pipeline = dataclasses.replace(experiment.data, workers=0)
+    size = experiment.batch_size
+    with contextlib.closing(train_batches(pipeline, batch_size=size, seed=0)) as data:
+        batch = next(data)
+    return [jax.typeof(batch[name]) for name in experiment.objective.inputs]
 
 
 def _flops(experiment: Experiment, inputs) -> int | None:

@@ -79,7 +79,7 @@ def ours(remat: str) -> Callable[[], None]:
 def torchs() -> Callable[[], None] | None:
     """The same in torch's own modules, or None where torch is not installed."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))

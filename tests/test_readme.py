@@ -1,5 +1,6 @@
 """The README is run: its commands exist, its Python works, its files are there."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -50,6 +51,7 @@ def test_the_python_runs_without_the_trainer(page, tmp_path):
         out = subprocess.run(
             [sys.executable, "-c", code + "\nimport sys; assert 'train' not in sys.modules"],
             cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )

@@ -86,7 +86,9 @@ MESHES = {
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_gives_the_same_losses_and_holds_its_share(mesh, finished, tmp_path):
     state = run(tmp_path, f"mesh={mesh}", devices=MESHES[mesh])
-    np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-5)
+    apart = np.abs(losses(tmp_path) / losses(finished[0]) - 1).max()
+    print(f"\n{mesh}: losses of 20 steps differ by {apart:.1e} at most")
+    assert apart < 1e-5
 
     def bytes_a_device(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))

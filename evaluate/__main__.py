@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
+import math
 import pathlib
 import sys
 
+from jaxformer import checkpoint
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.metrics import Confusion
@@ -34,15 +36,21 @@ def main(argv: list[str] | None = None) -> int:
 
         step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
         print(table(step, found))
-        pictures = pathlib.Path(args.pictures or pathlib.Path(args.checkpoint, "evaluation"))
+        if args.json:
+            text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)
+            path = pathlib.Path(args.json)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+        beside = checkpoint.find(args.checkpoint).parent / "evaluation"
+        pictures = pathlib.Path(args.pictures or beside)
         for name, metrics in found.items():
             confusion = metrics.get("confusion")
             if isinstance(confusion, Confusion):
                 path = confusion_picture(confusion, pictures / f"{name}_confusion")
                 print(f"confusion: {path}")
-        if args.json:
-            text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)
-            pathlib.Path(args.json).write_text(text + "\n")
+    except OSError as error:
+        print(f"error: {error}; name another place to write to", file=sys.stderr)
+        return 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,11 +61,22 @@ def as_json(found: dict) -> dict:
     """Every metric's sum, count and value."""
     return {
         name: {
-            metric: {"sum": m.sum.tolist(), "count": m.count.tolist(), "value": m.value()}
+            metric: {
+                "sum": finite(m.sum.tolist()),
+                "count": m.count.tolist(),
+                "value": finite(m.value()),
+            }
             for metric, m in metrics.items()
         }
         for name, metrics in found.items()
     }
+
+
+def finite(value):
+    """JSON has no NaN: what is not finite is null."""
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

@@ -61,11 +61,14 @@ def evaluate_checkpoint(
     Raises:
       InputError: no such checkpoint, a damaged one, or one of another model.
     """
+    if not experiment.evals:
+        raise InputError("the experiment has no evals; name some in its config")
     folder = checkpoint.find(directory)
     saved = checkpoint.steps(folder)
     step = saved[-1] if step is None else step
     if step not in saved:
         raise InputError(f"{folder}: has no step {step}; it has {', '.join(map(str, saved))}")
+    check(experiment)
     described = checkpoint.read_experiment(folder, step)
     lines = differences(described["model"], describe(experiment.model), ("remat", "unroll"))
     if lines:
@@ -73,8 +76,6 @@ def evaluate_checkpoint(
             f"{folder}: step {step} is of another model; give the config and overrides it was "
             "trained with (- in the checkpoint, + now):\n" + "\n".join(lines)
         )
-    if not experiment.evals:
-        raise InputError("the experiment has no evals; name some in its config")
     first = next(iter(batches(next(iter(experiment.evals.values())), 1, 1)))
     inputs = [jax.typeof(first[name]) for name in experiment.objective.inputs]
     made = setup(experiment, inputs, devices)
@@ -86,6 +87,15 @@ def evaluate_checkpoint(
         data = batches(pipeline, experiment.eval_batch_size, made.batch_ways)
         found[name] = evaluate(made.measure, params, data, made.batch)
     return step, found
+
+
+def check(experiment: Experiment) -> None:
+    """Raises InputError where data does not fit the objective or cannot be read at all."""
+    check = getattr(experiment.objective, "check", lambda model, pipeline: None)
+    check(experiment.model, experiment.data)
+    for pipeline in experiment.evals.values():
+        check(experiment.model, pipeline)
+        next(iter(batches(pipeline, 1, 1)))
 
 
 def scalars(found: metrics.Metrics) -> dict[str, float]:

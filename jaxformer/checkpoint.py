@@ -8,6 +8,7 @@ on any mesh, and certain to change when one element does.
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -36,18 +37,27 @@ def open_manager(
       directory: made where it does not exist.
       last: how many of the newest stay.
       best: how many of the best by `metric` stay, beside them.
-      metric: a name in the metrics that `save` is given; the greatest is the best.
+      metric: a name in the metrics that `save` is given; the greatest is the best, or
+        the smallest where a minus stands before the name.
     """
     preservation = ocp.checkpoint_managers.preservation_policy
     policies: list[Any] = [preservation.LatestN(last)]
-    if metric is not None:
+    score: Callable[[dict[str, float]], float] | None = None
+    if metric is not None and best:
+        name, sign = metric.removeprefix("-"), -1.0 if metric.startswith("-") else 1.0
 
-        def score(metrics: dict[str, float]) -> float:
-            return metrics.get(metric, float("-inf"))
+        def scored(metrics: dict[str, float]) -> float:
+            return sign * metrics[name] if name in metrics else float("-inf")
 
-        policies.append(preservation.BestN(get_metric_fn=score, n=best))
+        score = scored
+        policies.append(
+            preservation.BestN(
+                get_metric_fn=scored, n=best, keep_checkpoints_without_metrics=False
+            )
+        )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation.AnyPreservationPolicy(policies),
+        best_fn=score,  # Else Orbax does not write the metrics, and a restart forgets them.
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
@@ -263,13 +273,21 @@ class _told:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or isinstance(error, InputError) or not isinstance(error, Exception):
+        # What is no fault of the files is not blamed on them.
+        innocent = (InputError, MemoryError, jax.errors.JaxRuntimeError)
+        if error is None or isinstance(error, innocent) or not isinstance(error, Exception):
             return
+        where = f"checkpoint {self.directory}/{self.step}"
+        if isinstance(error, OSError) and not isinstance(
+            error, FileNotFoundError | NotADirectoryError
+        ):
+            raise InputError(
+                f"{where} cannot be read: {error}; try again when it can"
+            ) from error
         earlier = [s for s in steps(self.directory) if s < self.step]
         remedy = f"go back to step {earlier[-1]}" if earlier else "start anew"
         reason = str(error).strip().split(". See full")[0].splitlines()
         reason = reason or [type(error).__name__]
         raise InputError(
-            f"checkpoint {self.directory}/{self.step} is damaged: {reason[0][:300]}; remove "
-            f"that folder to {remedy}"
+            f"{where} is damaged: {reason[0][:300]}; move that folder away to {remedy}"
         ) from error

@@ -4,15 +4,17 @@ import ast
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import pathlib
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
@@ -26,7 +28,31 @@ class Keep:
     every: int = 100  # steps between two saves; the last step is saved always.
     last: int = 2
     best: int = 1
-    metric: str = "test/top1"  # EVALUATION/METRIC, the greatest is the best.
+    metric: str = "test/top1"  # EVALUATION/METRIC; -EVALUATION/METRIC: less is better.
+
+    def __post_init__(self):
+        _at_least(1, every=self.every, last=self.last)
+        _at_least(0, best=self.best)
+
+
+class Objective(Protocol):
+    """What an experiment learns by: a frozen dataclass of numbers, with pure methods.
+
+    It may have `check(model, pipeline)`, which raises InputError where they do not fit.
+    """
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The entries of a batch that the model is called with, in order."""
+        ...
+
+    def loss(self, apply: Callable, params: Any, batch: dict, key: Array) -> tuple:
+        """A float32 scalar, and a dict of scalars beside it."""
+        ...
+
+    def measure(self, apply: Callable, params: Any, batch: dict, key: Array) -> dict:
+        """Metrics of one evaluation batch that add up, see `jaxformer.metrics`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +60,7 @@ class Experiment:
     """One run, whole: the same experiment and seed give the same parameters."""
 
     model: nn.Module
-    objective: Any  # .loss(apply, params, batch, key), .measure(apply, params, batch)
+    objective: Objective
     optimizer: Any  # .make(axes, steps) -> optax transformation, .rate
     data: Pipeline
     steps: int
@@ -52,6 +78,26 @@ class Experiment:
     rules: Rules = FSDP_TENSOR
     replicate: tuple[str, ...] = ()  # logical axes that stay whole on every device.
     flops: Callable[..., int] | None = None  # (model, shape of one input) -> forward.
+
+    def __post_init__(self):
+        _at_least(
+            1,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            eval_every=self.eval_every,
+            eval_batch_size=self.eval_batch_size,
+            log_every=self.log_every,
+            accumulate=self.accumulate,
+        )
+        _at_least(0, seed=self.seed)
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"ema={self.ema} must lie in [0, 1); 0.999 is usual")
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name}={value} must be {least} or more")
 
 
 # What may differ between a run and its checkpoint: how it runs, not what it computes.
@@ -87,7 +133,8 @@ def load(path: str | pathlib.Path, assignments: collections.abc.Sequence[str] = 
         beside = sorted(p.name for p in path.parent.glob("*.py")) or ["none"]
         raise InputError(f"{path}: there is no such config; beside it are {', '.join(beside)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: a config is a Python file; name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     make = getattr(module, "experiment", None)
@@ -95,7 +142,12 @@ def load(path: str | pathlib.Path, assignments: collections.abc.Sequence[str] = 
         raise InputError(
             f"{path}: a config defines a function experiment() that returns an Experiment"
         )
-    return override(make(), *assignments)
+    made = make()
+    if not isinstance(made, Experiment):
+        raise InputError(
+            f"{path}: experiment() returned {type(made).__name__}; it returns an Experiment"
+        )
+    return override(made, *assignments)
 
 
 def override(node: Any, *assignments: str) -> Any:
@@ -133,13 +185,13 @@ def describe(node: Any) -> Any:
         return [describe(value) for value in node]
     if node is None or isinstance(node, bool | int | float | str):
         return node
-    if callable(node) and not isinstance(node, type):
-        function = getattr(node, "func", node)
-        return f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    if isinstance(node, functools.partial):
+        return [describe(node.func), describe(node.args), describe(node.keywords)]
     try:
         return str(jnp.dtype(node))
-    except TypeError:
-        return str(node)
+    except TypeError:  # A function, or an object of the user's: its name, no address.
+        named = node if hasattr(node, "__qualname__") else type(node)
+        return f"{named.__module__}.{named.__qualname__}"
 
 
 def differences(old: Any, new: Any, free: tuple[str, ...] = FREE) -> list[str]:

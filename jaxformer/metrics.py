@@ -97,8 +97,8 @@ def classification(
     probability = jax.nn.softmax(logits.astype(jnp.float32))
     nll = cross_entropy(logits, jax.nn.one_hot(labels, V))
     truth = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Ties count against us, so that a constant output is not right by luck.
-    others = (logits >= truth).at[jnp.arange(len(labels)), labels].set(False)
+    # Ties and NaN count against us, so that no output is right by luck.
+    others = (~(logits < truth)).at[jnp.arange(len(labels)), labels].set(False)
     rank = others.sum(-1)
     guess, confidence = logits.argmax(-1), probability.max(-1)
     bin_of = jnp.minimum((confidence * bins).astype(jnp.int32), bins - 1)

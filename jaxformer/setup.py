@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ class Setup:
     @property
     def batch_ways(self) -> int:
         """Over how many devices a batch is split."""
-        return math.prod(self.mesh.shape[name] for name in self.batch.spec[0] or ())
+        return sharding.ways(self.mesh, self.batch.spec[0])
 
 
 def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
@@ -59,7 +58,12 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
         zeros = (jnp.zeros((1, *x.shape[1:]), x.dtype) for x in inputs)
         return model.init(key, *zeros)["params"]
 
-    boxed = jax.eval_shape(init_params, jax.random.key(0))
+    try:
+        boxed = jax.eval_shape(init_params, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the model does not take inputs of {shapes}: {reason}") from error
     explanation = sharding.explain(boxed, mesh, rules)
     params = sharding.shardings(boxed, mesh, rules)
     tx = experiment.optimizer.make(nn.get_partition_spec(boxed), experiment.steps)
@@ -90,13 +94,14 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
     measure = functools.partial(objective.measure, model.apply)
     whole = NamedSharding(mesh, PartitionSpec())
     batch = sharding.batch_sharding(mesh, rules)
-    made = Setup(
+    return Setup(
         mesh=mesh,
         rules=rules,
         batch=batch,
         explanation=explanation,
         state=state,
-        init=_under(mesh, rules, jax.jit(init, out_shardings=places)),
+        # Not under the rules: its one example need not divide over the mesh.
+        init=_under(mesh, (), jax.jit(init, out_shardings=places)),
         step=_under(
             mesh,
             rules,
@@ -109,14 +114,6 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
         ),
         measure=_under(mesh, rules, jax.jit(measure, out_shardings=whole)),
     )
-    parts = made.batch_ways * experiment.accumulate
-    if experiment.batch_size % parts:
-        near = max(1, round(experiment.batch_size / parts)) * parts
-        raise InputError(
-            f"batch_size={experiment.batch_size} does not divide over {made.batch_ways} "
-            f"devices and accumulate={experiment.accumulate}; {near} does"
-        )
-    return made
 
 
 def _under(mesh, rules, function):

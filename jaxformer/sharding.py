@@ -126,7 +126,16 @@ def constrain(x: Array, letters: str) -> Array:
     rules = nn.get_logical_axis_rules()
     if not rules:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(map(ACTIVATIONS.get, letters), rules))
+    place = spec(map(ACTIVATIONS.get, letters), rules)
+    mesh = jax.sharding.get_abstract_mesh()
+    for letter, size, where in zip(letters, x.shape, place, strict=True):
+        if size % ways(mesh, where):
+            raise InputError(
+                f"an activation {letters} {x.shape}: {letter} of size {size} does not divide "
+                f"over {'*'.join(_names(where))}={ways(mesh, where)}; choose another mesh, or "
+                f"keep the axis whole with replicate={ACTIVATIONS[letter]}"
+            )
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 class use:
@@ -154,6 +163,11 @@ def spec(axes, rules) -> PartitionSpec:
         used.update(names)
         out.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*out)
+
+
+def ways(mesh: Any, where: str | tuple[str, ...] | None) -> int:
+    """Over how many devices one entry of a PartitionSpec splits its dimension."""
+    return math.prod(mesh.shape[name] for name in _names(where))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
@@ -225,9 +239,8 @@ def explain(params: PyTree, mesh: Mesh, rules: Rules) -> Explanation:
         name = path_name(path)
         shards = 1
         for axis, size, where in zip(axes, leaf.shape, place, strict=True):
-            ways = math.prod(mesh.shape[m] for m in _names(where))
-            shards *= ways
-            if size % ways:
+            shards *= ways(mesh, where)
+            if size % ways(mesh, where):
                 wanted = ",".join(f"{m}={mesh.shape[m]}" for m in _names(where))
                 fits = [n for n in range(1, mesh.size + 1) if not size % n]
                 problems.append(

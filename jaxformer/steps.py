@@ -53,10 +53,11 @@ def train_step(
       batch: a tree of arrays with a leading batch axis.
       key: the run's key, folded here with the step: the same for every step.
       loss_fn: `(params, batch, key) -> (loss, metrics)`, a float32 scalar and a dict of
-        scalars. An entry `"stats"` in the dict goes to `tx.update` and is not returned.
+        scalars, all means over the batch. An entry `"stats"` in the dict goes to
+        `tx.update` and is not returned.
       tx: the optimizer.
       accumulate: splits the batch in so many parts, one after the other, and takes the
-        mean of their gradients.
+        mean of their gradients and metrics: every part counts alike.
       ema: decay of a running average of the parameters, kept in `state.ema`.
       skip_nonfinite: leaves everything but the step count as it was where the loss or
         the gradient is not finite, and says so by `metrics["skipped"]` = 1.
@@ -105,6 +106,7 @@ def _accumulated(grad_fn, params, batch, key, parts):
         (loss, metrics), grads = grad_fn(params, batch, jax.random.fold_in(key, i))
         metrics = dict(metrics)
         stats = metrics.pop("stats", {})
+        metrics = {name: jnp.asarray(m, jnp.float32) for name, m in metrics.items()}
         return ((loss, metrics), grads), stats
 
     def body(carry, inputs):

@@ -15,9 +15,9 @@ PANELS = ("loss", "accuracy", "grad_norm", "learning_rate")
 def draw(source: pathlib.Path, target: pathlib.Path) -> bool:
     """Draws loss, accuracy, gradient norm and rate by step; False if there is no row."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    if not rows:
+    panels = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
+    if not panels:
         return False
-    panels = [name for name in PANELS if any(name in row for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
     for name, axis in zip(panels, axes[0], strict=True):
         _line(axis, rows, name, "train")
@@ -43,5 +43,5 @@ def _evaluations(rows, name) -> list[str]:
 
 
 def _line(axis, rows, name, label, **style) -> None:
-    points = [(row["step"], row[name]) for row in rows if name in row]
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     axis.plot(*zip(*points, strict=True), label=label, **style)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import sys
@@ -67,6 +68,7 @@ class Log:
         )
         self.task = self.bar.add_task("compiling", total=self.steps, completed=start)
         self.counted, self.spent, self.mark = 0, 0.0, time.monotonic()
+        self.skipped, self.skips_in_a_row = 0.0, 0
 
     def __enter__(self) -> "Log":
         self.bar.start()
@@ -77,8 +79,9 @@ class Log:
         if self.first_process:
             self.file.close()
             self.board.close()
-            if draw(self.path, self.workdir / "curves.png") and error is None:
-                self.say(f"curves: {self.workdir / 'curves.png'}")
+            picture = self.workdir / "curves.png"
+            if error is None and draw(self.path, picture):
+                self.say(f"curves: {picture}")
 
     def say(self, text: str) -> None:
         """Prints one line above the bar."""
@@ -89,10 +92,16 @@ class Log:
         now = time.monotonic()
         self.spent, self.mark = self.spent + now - self.mark, now
         self.counted += 1
-        due = step % self.every == 0 or step == self.steps
+        skipped = metrics.get("skipped", 0.0)
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        self.skipped += skipped
+        broken = not math.isfinite(metrics["loss"])
+        due = step % self.every == 0 or step == self.steps or broken
         if due:
             rate = self.counted * self.batch_size / self.spent
             row = metrics | {"examples_per_second": rate}
+            if "skipped" in row:
+                row["skipped"], self.skipped = self.skipped, 0.0  # Since the last row.
             if self.peak is not None and self.flops is not None:
                 row["mfu"] = self.flops / self.batch_size * rate / self.peak
             self._write(step, row)
@@ -114,7 +123,8 @@ class Log:
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         if self.first_process:
-            self.file.write(json.dumps({"step": step} | row) + "\n")
+            plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
+            self.file.write(json.dumps({"step": step} | plain) + "\n")
             self.file.flush()
             for name, value in row.items():
                 self.board.add_scalar(name, value, step)

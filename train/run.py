@@ -6,8 +6,11 @@ import os
 import pathlib
 from typing import Any
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 import evaluate.run as evaluation
 from jaxformer import checkpoint
@@ -18,9 +21,24 @@ from jaxformer.setup import Setup, setup
 from jaxformer.steps import TrainState
 from train.log import Log
 
+SKIPS = 100  # steps in a row that nonfinite=skip leaves out before it gives up.
+
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more; one sentence says where and what remains."""
+    """A number is not finite any more; one sentence says where and what remains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the loop works with."""
+
+    experiment: Experiment
+    made: Setup
+    described: dict[str, Any]
+    key: jax.Array
+    data: grain.DatasetIterator
+    manager: ocp.CheckpointManager
+    log: Log
 
 
 def train(
@@ -40,113 +58,142 @@ def train(
 
     Raises:
       InputError: something given cannot be used.
-      Diverged: the loss became NaN or infinite and `experiment.nonfinite` is "stop".
+      Diverged: a loss, gradient or parameter became NaN or infinite.
     """
+    if "://" in str(workdir):
+        raise InputError(
+            f"{workdir}: a run lives on a file system; mount the store and name that"
+        )
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{jax.process_count()} processes: training on several hosts is not there yet; "
+            "start one process with all its devices"
+        )
     workdir = pathlib.Path(workdir)
+    made = prepare(experiment, devices)
     _writable(workdir)
-    check = getattr(experiment.objective, "check", None)
-    for pipeline in (experiment.data, *experiment.evals.values()):
-        if check is not None:
-            check(experiment.model, pipeline)
-    data = train_batches(
-        experiment.data,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    with contextlib.closing(data):  # Ends its workers, however the run ends.
-        return _train(experiment, workdir, data, profile, devices)
-
-
-def _train(experiment, workdir, data, profile, devices) -> TrainState:
-    inputs = _inputs(experiment)
-    made = setup(experiment, inputs, devices)
+    folder = workdir / "checkpoints"
     described = describe(experiment) | {
         "stream": fingerprint(experiment.data, experiment.batch_size, experiment.seed)
     }
-    key = jax.random.key(experiment.seed)
-    folder = workdir / "checkpoints"
-    state, start = _begin(made, folder, described, key, data)
     with contextlib.ExitStack() as stack:
+        data = train_batches(
+            experiment.data, batch_size=experiment.batch_size, seed=experiment.seed
+        )
+        stack.enter_context(contextlib.closing(data))  # Ends its workers.
+        state, key, start = _begin(experiment, made, folder, described, data)
         manager = checkpoint.open_manager(
             folder,
             last=experiment.keep.last,
             best=experiment.keep.best,
             metric=experiment.keep.metric,
         )
-        stack.callback(manager.close)
-        flops = _flops(experiment, inputs)
-        log = stack.enter_context(Log(workdir, experiment, described, start=start, flops=flops))
+        stack.callback(manager.close)  # Waits for what is being written.
+        log = stack.enter_context(
+            Log(workdir, experiment, described, start=start, flops=_flops(experiment))
+        )
         log.say(
-            f"{'resuming at step ' + str(start) if start else 'training'}: "
+            f"{f'resuming at step {start}' if start else 'training'}: "
             f"{_count(state.params):,} parameters, {made.mesh.size} "
             f"{made.mesh.devices.flat[0].device_kind} device(s), {experiment.steps} steps"
         )
-        return _loop(
-            experiment, made, state, data, key, manager, log, described, start, profile
+        trace = stack.enter_context(_Trace(workdir / "profile", profile))
+        run = _Run(experiment, made, described, key, data, manager, log)
+        return _loop(run, state, start, trace)
+
+
+def prepare(experiment: Experiment, devices=None) -> Setup:
+    """Finds whatever is wrong with an experiment before anything is compiled or written."""
+    evaluation.check(experiment)
+    made = setup(experiment, _inputs(experiment), devices)
+    parts = made.batch_ways * experiment.accumulate
+    if experiment.batch_size % parts:
+        near = max(1, round(experiment.batch_size / parts)) * parts
+        raise InputError(
+            f"batch_size={experiment.batch_size} does not divide over {made.batch_ways} "
+            f"devices and accumulate={experiment.accumulate}; {near} does"
         )
+    return made
 
 
-def _loop(experiment, made, state, data, key, manager, log, described, start, profile):
+def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainState:
     """Step n is sent off before the metrics of step n - 1 are looked at."""
+    experiment, made = run.experiment, run.made
     rate = experiment.optimizer.rate.make(experiment.steps)
-    trace = _Trace(log.workdir / "profile", profile)
     pending = None
     for done in range(start + 1, experiment.steps + 1):
         trace.at(done)
-        batch = to_mesh(next(data), made.batch)
-        state, metrics = made.step(state, batch, key)
+        batch = to_mesh(next(run.data), made.batch)
+        state, metrics = made.step(state, batch, run.key)
         if pending is not None:
-            _look(experiment, log, *pending)
+            _look(run, *pending)
         pending = (done, metrics | {"learning_rate": rate(done - 1)})
         last = done == experiment.steps
-        ends_eval = bool(experiment.evals) and (last or done % experiment.eval_every == 0)
-        ends_save = last or done % experiment.keep.every == 0
-        if ends_eval or ends_save:
-            _look(experiment, log, *pending)  # Nothing that is not finite is saved.
+        evaluates = bool(experiment.evals) and (last or done % experiment.eval_every == 0)
+        saves = last or done % experiment.keep.every == 0
+        if evaluates or saves:
+            _look(run, *pending)
             pending = None
-        scores = _evaluate(experiment, made, state) if ends_eval else {}
-        if scores:
-            log.evaluation(done, scores)
-        if ends_save:
-            tree = {"state": state, "key": jax.random.key_data(key)}
-            checkpoint.save(manager, done, tree, data, described, scores)
-        if ends_eval or ends_save:
-            log.resume_clock()
-    trace.stop()
-    manager.wait_until_finished()
+            if not _all_finite(state.params):  # Nothing that is not finite is saved.
+                raise Diverged(_diverged(run, done, "a parameter is not finite"))
+            scores = {}
+            try:
+                scores = _evaluate(run, state) if evaluates else {}
+            finally:  # What was trained is saved, also where an evaluation fails.
+                if saves:
+                    tree = {"state": state, "key": _key_data(made, run.key)}
+                    checkpoint.save(run.manager, done, tree, run.data, run.described, scores)
+            if scores:
+                run.log.evaluation(done, scores)
+            run.log.resume_clock()
+    run.manager.wait_until_finished()
     return state
 
 
-def _look(experiment, log, step, metrics):
+def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """Reads the metrics of a step, which waits for it, and stops where it diverged."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    if experiment.nonfinite == "stop" and not np.isfinite(metrics["loss"]):
-        saved = checkpoint.steps(log.workdir / "checkpoints")
-        rest = f"the checkpoint of step {saved[-1]} is whole" if saved else "none was saved"
-        raise Diverged(
-            f"step {step}: the loss is {metrics['loss']}; {rest}: lower optimizer.rate.peak, "
-            "or set nonfinite=skip to leave such steps out"
-        )
-    log.step(step, metrics)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    run.log.step(step, values)
+    broken = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
+    if broken and run.experiment.nonfinite == "stop":
+        raise Diverged(_diverged(run, step, f"{broken[0]} is {values[broken[0]]}"))
+    if run.log.skips_in_a_row >= SKIPS:
+        raise Diverged(_diverged(run, step, f"{SKIPS} steps in a row were left out"))
 
 
-def _evaluate(experiment: Experiment, made: Setup, state: TrainState) -> dict[str, float]:
+def _diverged(run: _Run, step: int, what: str) -> str:
+    run.manager.wait_until_finished()
+    saved = checkpoint.steps(run.log.workdir / "checkpoints")
+    rest = f"the checkpoint of step {saved[-1]} is whole" if saved else "none was saved"
+    return (
+        f"step {step}: {what}; {rest}: lower optimizer.rate.peak, or set nonfinite=skip to "
+        "leave such steps out"
+    )
+
+
+def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:
     params = state.params if state.ema is None else state.ema
+    experiment, made = run.experiment, run.made
     scores = {}
     for name, pipeline in experiment.evals.items():
         batches = evaluation.batches(pipeline, experiment.eval_batch_size, made.batch_ways)
         found = evaluation.evaluate(made.measure, params, batches, made.batch)
         scores |= {f"{name}/{k}": v for k, v in evaluation.scalars(found).items()}
+    metric = experiment.keep.metric.removeprefix("-")
+    if experiment.keep.best and metric not in scores:
+        raise InputError(
+            f"keep.metric={metric} was not measured; choose one of {', '.join(scores)}, or "
+            "set keep.best=0"
+        )
     return scores
 
 
-def _begin(made, folder, described, key, data) -> tuple[TrainState, int]:
-    """The state of the last checkpoint, or a new one."""
+def _begin(experiment, made, folder, described, data) -> tuple[TrainState, jax.Array, int]:
+    """The state, the run's key and the step of the last checkpoint, or new ones."""
+    key = jax.random.key(experiment.seed)
     saved = checkpoint.steps(folder)
     if not saved:
-        return made.init(key), 0
+        return made.init(key), key, 0
     step = saved[-1]
     lines = differences(checkpoint.read_experiment(folder, step), described)
     if lines:
@@ -154,14 +201,26 @@ def _begin(made, folder, described, key, data) -> tuple[TrainState, int]:
             f"{folder}: step {step} is of another experiment; choose another --workdir, or "
             "take the changes back (- in the checkpoint, + now):\n" + "\n".join(lines)
         )
-    data_key = jax.random.key_data(key)
-    target = {
-        "state": made.state,
-        "key": jax.ShapeDtypeStruct(
-            data_key.shape, data_key.dtype, sharding=made.state.step.sharding
-        ),
-    }
-    return checkpoint.restore(folder, step, target, data)["state"], step
+    if step > experiment.steps:
+        raise InputError(
+            f"{folder}: the run is at step {step}, beyond steps={experiment.steps}; choose "
+            "more steps or another --workdir"
+        )
+    data_key = jax.eval_shape(jax.random.key_data, key)
+    whole = made.state.step.sharding
+    data_key = jax.ShapeDtypeStruct(data_key.shape, data_key.dtype, sharding=whole)
+    found = checkpoint.restore(folder, step, {"state": made.state, "key": data_key}, data)
+    return found["state"], jax.random.wrap_key_data(found["key"]), step
+
+
+def _key_data(made: Setup, key: jax.Array) -> jax.Array:
+    """The run's key as an array that lies on the whole mesh, as the state does."""
+    return jax.device_put(jax.random.key_data(key), made.state.step.sharding)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _writable(workdir: pathlib.Path) -> None:
@@ -186,11 +245,11 @@ def _inputs(experiment: Experiment) -> list[Any]:
     return [jax.typeof(batch[name]) for name in experiment.objective.inputs]
 
 
-def _flops(experiment: Experiment, inputs) -> int | None:
+def _flops(experiment: Experiment) -> int | None:
     """Operations of one training step: forward and twice as much backward."""
     if experiment.flops is None:
         return None
-    shapes = (x.shape[1:] for x in inputs)
+    shapes = (x.shape[1:] for x in _inputs(experiment))
     return 3 * experiment.batch_size * experiment.flops(experiment.model, *shapes)
 
 
@@ -206,14 +265,18 @@ class _Trace:
         self.first, self.last = steps or (0, 0)
         self.running = False
 
-    def at(self, step: int) -> None:
-        if step == self.first:
-            jax.profiler.start_trace(str(self.directory))
-            self.running = True
-        elif step >= self.last:
-            self.stop()
+    def __enter__(self) -> "_Trace":
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *error) -> None:
         if self.running:
             jax.profiler.stop_trace()
             self.running = False
+
+    def at(self, step: int) -> None:
+        """Starts or ends the trace before `step` is sent off."""
+        if self.running and step >= self.last:
+            self.__exit__()
+        elif not self.running and self.first <= step < self.last:
+            jax.profiler.start_trace(str(self.directory))
+            self.running = True

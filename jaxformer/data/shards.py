@@ -75,7 +75,7 @@ class Parquet(_Reopened):
     def _read(self, path: str, group: int):
         try:
             return _open_parquet(path).read_row_group(group, [self.image, self.label])
-        except OSError as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise InputError(
                 f"{path}: row group {group} is damaged; fetch the file again"
             ) from error

@@ -83,6 +83,8 @@ class ViT(nn.Module):
 
     def setup(self):
         D, dtype = self.width, self.dtype
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide width={self.width}")
         if self.pool not in ("cls", "gap", "map"):
             raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
         if self.positions not in ("learned", "sincos", "rotary"):

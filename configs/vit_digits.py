@@ -1,6 +1,9 @@
 """A small ViT on scanned handwritten digits: the first thing to run.
 
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
+Model: a ViT (arXiv 2010.11929) of 202,058 parameters, trained with Muon (arXiv 2502.16982).
+Expected: 98.6 to 99.4 % top-1 (three seeds), in 70 s on two CPU cores. Command:
+    python -m train configs/vit_digits.py
 """
 
 from jaxformer.data.augment import Affine
@@ -14,7 +17,7 @@ from jaxformer.optim import Cosine, Muon, NewtonSchulz
 
 
 def experiment() -> Experiment:
-    """About a minute on two CPU cores."""
+    """The main job; every number of it can be overridden."""
     normalize = Normalize(mean=(0.305,), std=(0.376,))
     return Experiment(
         model=ViT(

@@ -15,15 +15,19 @@ from jaxformer.setup import setup
 
 
 def evaluate(
-    measure: Callable[[Any, dict], metrics.Metrics],
+    measure: Callable[[Any, dict, jax.Array], metrics.Metrics],
     params: Any,
     batches: Iterable[dict],
     batch_sharding: jax.sharding.Sharding,
 ) -> metrics.Metrics:
-    """Adds up `measure(params, batch)` over all batches; the sums are 64-bit."""
-    total = None
-    for batch in batches:
-        part = metrics.to_host(measure(params, to_mesh(batch, batch_sharding)))
+    """Adds up `measure(params, batch, key)` over all batches; the sums are 64-bit.
+
+    The key is that of the batch's number, the same at every evaluation.
+    """
+    total, run_key = None, jax.random.key(0)
+    for number, batch in enumerate(batches):
+        key = jax.random.fold_in(run_key, number)
+        part = metrics.to_host(measure(params, to_mesh(batch, batch_sharding), key))
         total = part if total is None else metrics.merge(total, part)
     if total is None:
         raise ValueError("evaluation needs at least one batch")

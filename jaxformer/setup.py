@@ -21,7 +21,7 @@ class Setup:
 
     `state` holds the shapes, dtypes and places of `steps.TrainState`; `init(key)` makes
     it; `step(state, batch, key)` takes a step and gives the old state's memory away;
-    `measure(params, batch)` gives the metrics of one evaluation batch.
+    `measure(params, batch, key)` gives the metrics of one evaluation batch.
     """
 
     mesh: Mesh

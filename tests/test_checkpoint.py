@@ -92,6 +92,34 @@ def test_keeps_the_last_and_the_best(tmp_path):
         checkpoint.save(manager, step, {"x": jnp.ones(2)}, data, {}, {"top1": score})
     manager.close()
     assert checkpoint.steps(tmp_path / "c") == [2, 4, 5]
+    manager = checkpoint.open_manager(tmp_path / "c", last=2, best=1, metric="top1")
+    for step, score in enumerate([0.3, 0.5, None], start=6):
+        scores = {} if score is None else {"top1": score}
+        checkpoint.save(manager, step, {"x": jnp.ones(2)}, data, {}, scores)
+    manager.close()
+    assert checkpoint.steps(tmp_path / "c") == [2, 7, 8], "also after a restart"
+
+
+def test_the_best_can_be_the_least(tmp_path):
+    manager = checkpoint.open_manager(tmp_path / "c", last=1, best=1, metric="-loss")
+    for step, score in enumerate([0.4, 0.1, 0.3], start=1):
+        checkpoint.save(manager, step, {"x": jnp.ones(2)}, batches(), {}, {"loss": score})
+    manager.close()
+    assert checkpoint.steps(tmp_path / "c") == [2, 3]
+
+
+def test_a_healthy_checkpoint_is_not_blamed_for_what_others_did(saved, monkeypatch):
+    def restore(error):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(checkpoint, "_read", fail)
+        checkpoint.read_experiment(saved[0], 3)
+
+    with pytest.raises(MemoryError):
+        restore(MemoryError("RESOURCE_EXHAUSTED"))
+    with pytest.raises(InputError, match=r"cannot be read: .*stale"):
+        restore(OSError(116, "stale file handle"))
 
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint32, jnp.bool_]

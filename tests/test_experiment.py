@@ -1,7 +1,7 @@
+import functools
 import json
 import pathlib
 import sys
-import textwrap
 
 import pytest
 
@@ -92,9 +92,31 @@ def test_configs_that_are_none(tmp_path):
 
 def test_loading_leaves_no_module_behind(tmp_path):
     config = tmp_path / "fleeting.py"
-    config.write_text(textwrap.dedent("def experiment():\n    return {'steps': 3}\n"))
-    assert load(config, ["steps=4"]) == {"steps": 4}
+    config.write_text("from configs.vit_digits import experiment\n")
+    assert load(config, ["steps=4"]).steps == 4
     assert "fleeting" not in sys.modules
+    config.write_text("def experiment():\n    return {'steps': 3}\n")
+    with pytest.raises(InputError, match=r"returned dict; it returns an Experiment"):
+        load(config)
+    with pytest.raises(InputError, match=r"a config is a Python file"):
+        load(CONFIG.parent.parent / "README.md")
+
+
+@pytest.mark.parametrize(
+    "assignment", ["steps=0", "keep.every=0", "eval_every=0", "accumulate=0", "ema=2.0"]
+)
+def test_numbers_out_of_range_are_named(assignment, digits):
+    with pytest.raises(InputError, match=assignment.removeprefix("keep.")):
+        override(digits, assignment)
+
+
+def test_what_is_no_dataclass_is_described_by_its_name_alone():
+    class Source:
+        pass
+
+    assert describe(Source()) == describe(Source())
+    a, b = (functools.partial(sorted, reverse=r) for r in (True, False))
+    assert describe(a) != describe(b)
 
 
 def test_free_fields_exist(digits):

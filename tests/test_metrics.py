@@ -59,6 +59,11 @@ def test_a_constant_output_is_right_for_no_class():
     assert found["top1"].value() == 0 and found["top5"].value() == 0
 
 
+def test_a_model_of_nan_is_never_right():
+    found = metrics.classification(jnp.full((4, 10), jnp.nan), jnp.arange(4))
+    assert found["top1"].value() == found["top5"].value() == 0
+
+
 def test_nothing_seen_is_nan():
     found = metrics.classification(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.zeros(2))
     assert np.isnan(found["top1"].value()) and np.isnan(found["calibration"].value())

@@ -69,17 +69,6 @@ def test_no_page_names_a_machine():
         assert not re.search(r"/(root|work|home)/", page.read_text()), page
 
 
-@pytest.mark.slow
-def test_the_first_command_learns_the_digits(tmp_path):
-    import time
-
-    command = [sys.executable, *shlex.split(FIRST.split("&& python ")[1])]
-    begun = time.monotonic()
-    out = subprocess.run(
-        [*command, "--workdir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert out.returncode == 0, out.stderr
-    last = [line for line in out.stdout.splitlines() if "test/top1" in line][-1]
-    top1 = float(re.search(r"test/top1 ([\d.]+)", last).group(1))
-    print(f"\n{last}\n{time.monotonic() - begun:.0f} s, compile included")
-    assert top1 >= 0.985
+def test_every_number_is_there():
+    assert not [word for word in ("MEASURED", "TODO", "XXX") if word in README]
+    assert (ROOT / ".ci" / "run").read_text().count(FIRST.split(" && ")[1]) == 1

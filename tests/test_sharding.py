@@ -131,4 +131,7 @@ def test_constrain_places_activations_under_rules_only(key):
     mesh = make_mesh("data=4,tensor=2")
     with sharding.use(mesh, FSDP_TENSOR):
         y = jax.jit(lambda x: sharding.constrain(x, "BTNH"))(x)
+        odd = jnp.zeros((8, 4, 3, 3))
+        with pytest.raises(InputError, match=r"N of size 3 does not divide over tensor=2"):
+            jax.jit(lambda x: sharding.constrain(x, "BTNH"))(odd)
     assert y.sharding.shard_shape(y.shape) == (2, 4, 1, 3)

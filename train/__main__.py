@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="such as model.depth=8 steps=500")
     parser.add_argument("--workdir", help="default: runs/<config name>")
     parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
+    parser.add_argument(
+        "--explain", action="store_true", help="say where each parameter would lie, and end"
+    )
     parser.add_argument("--profile", help="FIRST:LAST, steps that a trace is written of")
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
@@ -31,8 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         experiment = load(args.config, [*args.overrides, *mesh])
         workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
         profile = _span(args.profile)
-        from train.run import Diverged, train  # Not before bad input is found.
+        from train.run import Diverged, prepare, train  # Not before bad input is found.
 
+        if args.explain:
+            print(prepare(experiment).explanation)
+            return 0
         try:
             train(experiment, workdir, profile=profile)
         except Diverged as error:

@@ -56,7 +56,9 @@ class Classify:
         right = (logits.argmax(-1) == targets.argmax(-1)) * weight
         return loss, {"accuracy": right.sum() / total}
 
-    def measure(self, apply: Callable[..., Any], params: Any, batch: dict) -> metrics.Metrics:
-        """Sums and counts of one batch, see `metrics.classification`."""
+    def measure(
+        self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
+    ) -> metrics.Metrics:
+        """Sums and counts of one batch, see `metrics.classification`; draws nothing."""
         logits = apply({"params": params}, *(batch[name] for name in self.inputs))
         return metrics.classification(logits, batch["label"], batch.get("weight"))

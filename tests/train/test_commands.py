@@ -90,15 +90,36 @@ BAD = {
         [CONFIG, "model.num_classes=8"],
         "Digits has 10 classes, but model.num_classes=8; set model.num_classes=10",
     ),
+    "patch": (
+        [CONFIG, "model.patch=3"],
+        "the model does not take inputs of (128, 8, 8, 1): patch=3 must divide",
+    ),
+    "heads": ([CONFIG, "model.num_heads=3"], "num_heads=3 must divide width=64"),
+    "best by what is not measured": (
+        [CONFIG, *TINY, "steps=1", "keep.metric=test/top2", "--mesh", "data=8"],
+        "keep.metric=test/top2 was not measured; choose one of test/calibration, test/loss",
+    ),
     "profile": ([CONFIG, "--profile", "9:3"], "--profile 9:3: expected FIRST:LAST"),
 }
+
+
+def test_explain_prints_where_each_parameter_lies(capsys):
+    argv = [CONFIG, *TINY, "--explain", "--mesh", "fsdp=4,tensor=2"]
+    assert train.__main__.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "stack/block/mlp/up/kernel" in out and "on each device" in out
+
+
+def test_a_run_does_not_go_back(done, capsys):
+    said = trains(capsys, CONFIG, "--workdir", done, *FAST, "steps=3")
+    assert "the run is at step 4, beyond steps=3; choose more steps" in said
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_sentence(name, tmp_path, capsys):
     argv, sentence = BAD[name]
     said = trains(capsys, *argv, "--workdir", tmp_path / "run")
-    assert sentence in said
+    assert sentence in said and "\n" not in said
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Keep:
         _at_least(0, best=self.best)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What an experiment learns by: a frozen dataclass of numbers, with pure methods.
 

@@ -7,6 +7,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -166,7 +167,7 @@ def test_skipping_leaves_such_steps_out(tmp_path):
 
 
 def test_qk_clip_bounds_the_logits_of_a_run(tmp_path):
-    images = next(iter(batches(experiment().evals["test"], 360, 1)))["image"]
+    images = jnp.asarray(next(iter(batches(experiment().evals["test"], 360, 1)))["image"])
 
     def largest(name, *overrides):
         state = run(tmp_path / name, "steps=3", "ema=none", *overrides)

@@ -10,8 +10,6 @@ from PIL import Image
 from jaxformer.data.augment import (
     _OPERATIONS,
     Affine,
-    Cutmix,
-    Mixup,
     RandAugment,
     warp,
 )
@@ -23,6 +21,7 @@ from jaxformer.data.images import (
     RandomResizedCrop,
     Resize,
 )
+from jaxformer.data.mix import Cutmix, Mixup
 from jaxformer.errors import InputError
 
 

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxformer.data.augment import Affine, Mixup
+from jaxformer.data.augment import Affine
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline, eval_batches, fingerprint, to_mesh, train_batches
+from jaxformer.data.mix import Mixup
 from jaxformer.data.shards import ArrayRecord
 from jaxformer.data.sources import Digits
 from jaxformer.errors import InputError

@@ -78,8 +78,8 @@ def cross_entropy(
 
 def classification(
     logits: Float[Array, "B V"],
-    labels: Int[Array, "B"],
-    weight: Float[Array, "B"] | None = None,
+    labels: Int[Array, " B"],
+    weight: Float[Array, " B"] | None = None,
     *,
     bins: int = 15,
 ) -> Metrics:

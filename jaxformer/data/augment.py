@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jaxformer.data.images import Number, pixels_of
 from jaxformer.data.sources import Record
+from jaxformer.errors import InputError
 
 _GREY = 128
 

@@ -73,6 +73,8 @@ class Parquet(_Reopened):
         return functools.lru_cache(_GROUPS_KEPT)(self._read)
 
     def _read(self, path: str, group: int):
+        import pyarrow
+
         try:
             return _open_parquet(path).read_row_group(group, [self.image, self.label])
         except (OSError, pyarrow.ArrowException) as error:

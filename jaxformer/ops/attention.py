@@ -86,7 +86,7 @@ def chunked(q, k, v, *, mask, scale, softcap, bias, logits=DENSE_LOGITS // 4):
     return out.swapaxes(0, 1).reshape(B, chunks * rows, N, H)[:, :T]
 
 
-def max_logit(q, k, *, mask: Mask | None = None, scale=None) -> Float[Array, "N"]:
+def max_logit(q, k, *, mask: Mask | None = None, scale=None) -> Float[Array, " N"]:
     """The greatest logit of each query head over batch, queries and the keys they see.
 
     What QK-clip looks at (Kimi K2, arXiv 2507.20534). Shapes as for `attend`.

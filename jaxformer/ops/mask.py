@@ -17,7 +17,7 @@ class Mask(struct.PyTreeNode):
     """What every mask can do. `visible` is the specification of each."""
 
     def visible(
-        self, q: Int[Array, "T"], k: Int[Array, "S"], lengths: tuple[int, int]
+        self, q: Int[Array, " T"], k: Int[Array, " S"], lengths: tuple[int, int]
     ) -> Bool[Array, "#B t s"]:
         """True where the query of index `q` may see the key of index `k`.
 

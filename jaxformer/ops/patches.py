@@ -45,7 +45,7 @@ def sincos_2d(y: int, x: int, width: int, theta: float = 1e4) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def grid(y: int, x: int) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+def grid(y: int, x: int) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
     """Row and column of each patch, in the order of `patchify`."""
     rows, columns = jnp.mgrid[:y, :x]
     return rows.reshape(-1).astype(jnp.float32), columns.reshape(-1).astype(jnp.float32)

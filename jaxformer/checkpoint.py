@@ -223,15 +223,9 @@ def _mix(h):
 
 
 def _sha(value: Any) -> str:
-    text = json.dumps(_plain(value), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """What JSON makes of a value, so that a digest is the same before and after."""
-    if isinstance(value, bytes):
-        return value.decode()
-    return json.loads(json.dumps(value))
+    """Of the value as JSON, which is the same before it is saved and after."""
+    value = value.decode() if isinstance(value, bytes) else value
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _match(saved, target, part, directory, step):

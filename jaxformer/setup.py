@@ -19,11 +19,13 @@ from jaxformer.experiment import Experiment
 class Setup:
     """An experiment on a mesh. Functions are compiled at their first call.
 
+    `inputs` are what the model is called with, by shape and dtype, batch axis first.
     `state` holds the shapes, dtypes and places of `steps.TrainState`; `init(key)` makes
     it; `step(state, batch, key)` takes a step and gives the old state's memory away;
     `measure(params, batch, key)` gives the metrics of one evaluation batch.
     """
 
+    inputs: tuple[Any, ...]
     mesh: Mesh
     rules: sharding.Rules
     batch: NamedSharding
@@ -95,6 +97,7 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
     whole = NamedSharding(mesh, PartitionSpec())
     batch = sharding.batch_sharding(mesh, rules)
     return Setup(
+        inputs=tuple(inputs),
         mesh=mesh,
         rules=rules,
         batch=batch,

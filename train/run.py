@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -90,7 +91,13 @@ def train(
         )
         stack.callback(manager.close)  # Waits for what is being written.
         log = stack.enter_context(
-            Log(workdir, experiment, described, start=start, flops=_flops(experiment))
+            Log(
+                workdir,
+                experiment,
+                described,
+                start=start,
+                flops=_flops(experiment, made.inputs),
+            )
         )
         log.say(
             f"{f'resuming at step {start}' if start else 'training'}: "
@@ -245,11 +252,11 @@ def _inputs(experiment: Experiment) -> list[Any]:
     return [jax.typeof(batch[name]) for name in experiment.objective.inputs]
 
 
-def _flops(experiment: Experiment) -> int | None:
+def _flops(experiment: Experiment, inputs: Sequence[Any]) -> int | None:
     """Operations of one training step: forward and twice as much backward."""
     if experiment.flops is None:
         return None
-    shapes = (x.shape[1:] for x in _inputs(experiment))
+    shapes = (x.shape[1:] for x in inputs)
     return 3 * experiment.batch_size * experiment.flops(experiment.model, *shapes)
 
 

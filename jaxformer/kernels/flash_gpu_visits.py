@@ -1,0 +1,89 @@
+"""Which tiles of a masked attention have anything to compute: lists that a kernel walks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxformer.kernels.flash_gpu_tile import Problem
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """For each block of one side, the tiles of the other side.
+
+    `order` `[1 or B, blocks, tiles]` int32: first the tiles of which all is seen, then
+    those of which some is, then the others. `count` `[1 or B, blocks, 2]` int32: how many
+    are wholly seen, and how many are seen at all.
+    """
+
+    order: Array
+    count: Array
+
+    @classmethod
+    def of(cls, kind: Array) -> "Visits":
+        """From 0 (all seen), 1 (some), 2 (none) of each block and tile."""
+        tiles = kind.shape[-1]
+        # The kind leads and the tile's number follows: one sort, of one array.
+        keys = kind * tiles + jnp.arange(tiles, dtype=jnp.int32)[(None,) * 2]
+        order = jnp.sort(keys, axis=-1) % tiles
+        count = jnp.stack([(kind < 1).sum(-1), (kind < 2).sum(-1)], -1)
+        return cls(order, count.astype(jnp.int32))
+
+
+def clip(intervals: Array, S: int) -> Array:
+    """Intervals inside of the keys; no stop lies before its start."""
+    start = jnp.clip(intervals[:, ::2], 0, S)
+    stop = jnp.clip(intervals[:, 1::2], start, S)
+    return jnp.stack([start, stop], 2).reshape(intervals.shape).astype(jnp.int32)
+
+
+def kinds(intervals: Array | None, p: Problem, bq: int, bk: int) -> Array | None:
+    """`[1 or B, T / bq, S / bk]`: what the queries of a block see of a tile of keys.
+
+    0 all, 1 some, 2 nothing, of intervals that are clipped; a tile that reaches over the
+    last key is never seen whole. It may say "some" where each of two intervals covers a
+    piece, or where the intervals of the rows lie on both sides of the tile.
+    """
+    if intervals is None:
+        return None
+    b, n, T = intervals.shape
+    blocks = -(-T // bq)
+    rows = jnp.pad(intervals, ((0, 0), (0, 0), (0, blocks * bq - T)), mode="edge")
+    rows = rows.reshape(b, n // 2, 2, blocks, bq, 1)
+    start, stop = rows[:, :, 0], rows[:, :, 1]
+    first = jnp.arange(0, p.S, bk, dtype=jnp.int32)[(None,) * 3]
+    whole = (start.max(3) <= first) & (stop.min(3) >= first + bk)
+    live = start < stop
+    begin = jnp.where(live, start, p.S).min(3)
+    end = jnp.where(live, stop, 0).max(3)
+    some = (begin < first + bk) & (end > first)
+    return jnp.where(whole.any(1), 0, jnp.where(some.any(1), 1, 2)).astype(jnp.int32)
+
+
+def walk(step, carry, visits: Visits | None, b, block, whole: int, tiles: int, groups=1):
+    """Takes `step(group, tile, masked, carry)` over what a block has to visit.
+
+    Without a list these are all `tiles`, of which the first `whole` need no mask. Each of
+    the `groups` takes all of them: one loop and not two, because Triton overlaps reading
+    with computing within a loop.
+    """
+    if visits is not None:
+        b = 0 if visits.count.shape[0] == 1 else b
+        whole, tiles = visits.count[b, block, 0], visits.count[b, block, 1]
+
+    def loop(begin, end, masked, carry):
+        def body(i, carry):
+            group, i = (0, i) if groups == 1 else (lax.div(i, size), lax.rem(i, size))
+            tile = begin + i if visits is None else visits.order[b, block, begin + i]
+            return step(group, tile, masked, carry)
+
+        size = end - begin
+        return lax.fori_loop(0, groups * size, body, carry)
+
+    carry = loop(0, whole, False, carry)
+    if visits is None and whole == tiles:
+        return carry
+    return loop(whole, tiles, True, carry)

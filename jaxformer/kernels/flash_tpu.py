@@ -1,0 +1,377 @@
+"""Flash attention for TPUs, forward: softmax attention that never leaves the chip.
+
+The keys and values of some heads lie in VMEM whole, and blocks of queries pass over them.
+Logits are made transposed, `[keys, queries]`: then the maximum, the sum and the intervals
+of a query are rows that broadcast for free, and every product but `v^T`, which is
+transposed once, reads its operands as they lie. Rows of ones below `v^T` make the softmax's
+sum in the same product. Sources: FlashAttention (Dao et al. 2022, arXiv 2205.14135), the
+online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxformer.kernels import tiles
+from jaxformer.kernels.case import Case
+from jaxformer.kernels.lanes import Lanes, sides
+
+LOG2E = math.log2(math.e)
+LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
+ONES = 8  # Rows of ones below v^T.
+
+
+def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
+    """Attention and its logsumexp, see `jaxformer.kernels.case`.
+
+    Keys beyond what VMEM holds are taken in parts, merged by their logsumexp.
+
+    Raises:
+      NotImplementedError: a head size that is not a multiple of 8 up to 256, or a dtype
+        other than bfloat16 and float32.
+    """
+    check(q)
+    parts = tiles.tpu_parts(k.shape[1], k.dtype)
+    if len(parts) == 1:
+        return _forward(q, k, v, case, interpret=interpret)
+    out, lse = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.full(q.shape[:1] + q.shape[2:0:-1], -jnp.inf),
+    )
+    raise NotImplementedError
+
+
+def check(q: Array) -> None:
+    """Raises NotImplementedError for what no TPU kernel here can do."""
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        raise NotImplementedError(f"head size {q.shape[-1]} is not a multiple of 8 up to 256")
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"dtype {q.dtype} is not bfloat16 or float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The static facts of one grid step, shared by forward and backward.
+
+    `bq` queries a step, in chunks of `cq`; `bk` keys a tile; `T`, `S` the lengths; `rows`
+    of key scratch; `masked`: tiles come from a list, and those partly seen are masked.
+    """
+
+    lanes: Lanes
+    T: int
+    S: int
+    bq: int
+    cq: int
+    bk: int
+    masked: bool
+
+    @property
+    def rows(self) -> int:
+        return tiles.up(self.S, self.bk) if self.masked else self.S
+
+    def flat(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1)
+
+
+def _forward(q, k, v, case, *, interpret):
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    step = make_step(q, k, case, backward=False)
+    lanes = step.lanes
+    groups, blocks = K // lanes.K, pl.cdiv(T, step.bq)
+    arrays, specs = inputs(q, k, v, case, step)
+    kernel = functools.partial(_kernel, case=case, step=step)
+    out, lse = pl.pallas_call(
+        kernel,
+        grid=(B, groups, blocks),
+        in_specs=(specs,),
+        out_specs=(
+            pl.BlockSpec((1, step.bq, lanes.N * H), lambda b, g, i: (b, i, g)),
+            pl.BlockSpec((1, 1, lanes.N, step.bq), lambda b, g, i: (b, g, 0, i)),
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
+            jax.ShapeDtypeStruct((B, groups, lanes.N, T), jnp.float32),
+        ),
+        scratch_shapes=[
+            *key_scratch(step, k.dtype),
+            pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
+            pltpu.VMEM((lanes.N * H, step.bq), jnp.float32),
+        ],
+        compiler_params=tiles.tpu_compiler_params(),
+        interpret=interpret,
+        name="flash_forward",
+    )(arrays)
+    return out.reshape(q.shape), lse.reshape(B, N, T)
+
+
+def make_step(q, k, case, *, backward) -> Step:
+    """Chooses tiles and heads a step."""
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    masked = case.intervals is not None
+    bq, cq, bk, wide = tiles.tpu(
+        T, S, H, masked=masked, backward=backward, biased=case.bias is not None
+    )
+    return Step(Lanes.of(N, K, H, wide), T, S, bq, cq, bk, masked)
+
+
+def inputs(q, k, v, case, step):
+    """What a kernel reads, and how it is cut into blocks, by name."""
+    lanes, bq, S = step.lanes, step.bq, step.S
+    H = lanes.H
+    arrays = {"q": step.flat(q), "k": step.flat(k), "v": step.flat(v)}
+    whole = pl.BlockSpec((1, S, lanes.K * H), lambda b, g, i: (b, 0, g))
+    specs: dict = {
+        "q": pl.BlockSpec((1, bq, lanes.N * H), lambda b, g, i: (b, i, g)),
+        "k": whole,
+        "v": whole,
+    }
+    if step.masked:
+        x = case.intervals
+        b0 = 0 if x.shape[0] == 1 else 1
+        arrays["intervals"] = x
+        specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
+        x = tiles.visits(x, step.S, bq, step.bk)[:, :, None]
+        arrays["visits"] = x
+        specs["visits"] = pl.BlockSpec(
+            (1, 1, 1, x.shape[3]), lambda b, g, i: (b * b0, i, 0, 0), memory_space=pltpu.SMEM
+        )
+    if case.bias is not None:
+        b1, n1 = (int(n > 1) for n in case.bias.shape[:2])
+        heads = lanes.N if n1 else 1
+        arrays["bias"] = case.bias
+        specs["bias"] = pl.BlockSpec(
+            (1, heads, bq, step.rows), lambda b, g, i: (b * b1, g * n1, i, 0)
+        )
+    if case.slopes is not None:
+        arrays["slopes"] = case.slopes
+        specs["slopes"] = pl.BlockSpec(memory_space=pltpu.SMEM)
+    arrays["sides"] = sides(case, lanes)
+    specs["sides"] = {}
+    for name, rows in (("q", bq), ("k", S)):
+        specs["sides"][name] = {
+            n: _side_spec(x, rows, name == "q") for n, x in arrays["sides"][name].items()
+        }
+    return arrays, specs
+
+
+def _side_spec(x, rows, moves):
+    if x.ndim == 2:
+        return pl.BlockSpec(x.shape, lambda b, g, i: (0, 0))
+    b2 = int(x.shape[0] > 1)
+    return pl.BlockSpec((1, rows, x.shape[2]), lambda b, g, i: (b * b2, i if moves else 0, 0))
+
+
+def key_scratch(step, dtype):
+    """Windows of prepared keys, and values transposed with ones below."""
+    lanes = step.lanes
+    return [
+        pltpu.VMEM((lanes.K // lanes.heads, step.rows, lanes.width), dtype),
+        pltpu.VMEM((lanes.K, lanes.H + ONES, step.rows), dtype),
+    ]
+
+
+def read_side(refs) -> dict[str, Array]:
+    """The weights and angles of one side, out of their blocks."""
+    return {name: ref[0] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
+
+
+def prepared(lanes, x, refs, side, factor=1.0):
+    """Windows of queries or keys, normalised, rotated and scaled in float32."""
+    if side.plain and factor == 1.0:
+        return lanes.split(x)
+    read = read_side(refs)
+    return [
+        (lanes.prepare(w.astype(jnp.float32), read, side) * factor).astype(x.dtype)
+        for w in lanes.split(x)
+    ]
+
+
+def load_keys(refs, k_scr, case, step):
+    """Prepares the keys of a step, once for all blocks of queries."""
+    for u, w in enumerate(prepared(step.lanes, refs["k"][0], refs["sides"]["k"], case.k)):
+        if step.rows > step.S:
+            k_scr[u, step.S // 16 * 16 :] = jnp.zeros_like(k_scr[u, step.S // 16 * 16 :])
+        k_scr[u, : step.S] = w
+
+
+def load_values(v, vt_scr, step):
+    """Transposes the values of a step; where there is no key, they are 0."""
+    H, S = step.lanes.H, step.S
+    vt = v.T
+    for j in range(step.lanes.K):
+        if step.rows > S:
+            vt_scr[j, :H, S // 128 * 128 :] = jnp.zeros_like(vt_scr[j, :H, S // 128 * 128 :])
+        vt_scr[j, :H, :S] = vt[j * H : (j + 1) * H]
+        if vt_scr.shape[1] > H:
+            vt_scr[j, H:] = jnp.ones_like(vt_scr[j, H:])
+
+
+def load_queries(refs, q_scr, case, step):
+    """Prepares a block of queries: one window a head, scaled, the others' lanes 0."""
+    lanes = step.lanes
+    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
+    windows = prepared(lanes, refs["q"][0], refs["sides"]["q"], case.q, factor)
+    for h in range(lanes.N):
+        q_scr[h] = lanes.only(windows[h // lanes.heads], h)
+
+
+def product(a, b, dimensions):
+    """A product in float32; float32 operands are not rounded to bfloat16 before."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def logits(refs, q, k, place, head, chunk, start, case, step, masked):
+    """Logits of some keys and queries in base 2, `[keys, queries]`, and who sees whom.
+
+    `place`: the group of heads and the block of queries. `head` counts in the step, `chunk` and `start` are the first query and key, `masked`:
+    not all keys are seen.
+    """
+    s = product(k, q, ((1,), (1,)))
+    if case.softcap:
+        s = jnp.tanh(s) * (case.softcap * LOG2E)
+    if case.bias is not None:
+        n = head if refs["bias"].shape[1] > 1 else 0
+        bias = refs["bias"][0, n, pl.ds(chunk, q.shape[0]), pl.ds(start, k.shape[0])]
+        s += bias.astype(jnp.float32).T * LOG2E
+    index = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
+    if case.slopes is not None:
+        group, block = place
+        slope = refs["slopes"][group * step.lanes.N + head] * LOG2E
+        first = block * step.bq + chunk + case.offset
+        query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        s -= slope * jnp.abs(query - index).astype(jnp.float32)
+    if not masked:
+        return s, None
+    rows = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])]
+    seen = (index >= rows[0:1]) & (index < rows[1:2])
+    if rows.shape[0] == 4:
+        seen |= (index >= rows[2:3]) & (index < rows[3:4])
+    if step.rows > step.S:
+        seen &= index < step.S
+    return s, seen
+
+
+def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
+    lanes = step.lanes
+    place = pl.program_id(1), pl.program_id(2)  # Not to be asked for inside of a loop.
+
+    def keys():
+        load_keys(refs, k_scr, case, step)
+        load_values(refs["v"][0], vt_scr, step)
+
+    if step.bq < step.T:
+        pl.when(place[1] == 0)(keys)
+    else:
+        keys()
+    load_queries(refs, q_scr, case, step)
+
+    def scores(chain, tile, masked):
+        (head, chunk), (start, size) = chain, tile
+        kv = head // lanes.G
+        q = q_scr[head, pl.ds(chunk, step.cq)]
+        k = k_scr[kv // lanes.heads, pl.ds(start, size)]
+        return logits(refs, q, k, place, head, chunk, start, case, step, masked)
+
+    def absorb(state, chain, tile, s, seen):
+        (head, _), (start, size) = chain, tile
+        if seen is not None:
+            s = jnp.where(seen, s, 3 * LOW)
+        top, acc = state
+        new = jnp.maximum(top, s.max(0, keepdims=True))
+        p = jnp.exp2(s - new).astype(vt_scr.dtype)
+        vt = vt_scr[head // lanes.G, :, pl.ds(start, size)]
+        return new, acc * jnp.exp2(top - new) + product(vt, p, ((1,), (0,)))
+
+    def start_of(_):
+        acc = jnp.zeros((lanes.H + ONES, step.cq), jnp.float32)
+        return jnp.full((1, step.cq), LOW), acc
+
+    def finish(state, chain):
+        (top, acc), (head, chunk) = state, chain
+        total = acc[lanes.H : lanes.H + 1]
+        some = total > 0
+        safe = jnp.where(some, total, 1.0)
+        rows = pl.ds(head * lanes.H, lanes.H)
+        ot_scr[rows, pl.ds(chunk, step.cq)] = acc[: lanes.H] * (1 / safe)
+        lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
+        lse_ref[0, 0, pl.ds(head, 1), pl.ds(chunk, step.cq)] = lse
+
+    sweep(refs, step, start_of, scores, absorb, finish)
+    o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
+
+
+def sweep(refs, step, start_of, scores, absorb, finish):
+    """Every head and chunk of queries over the tiles it sees.
+
+    Some (head, chunk) chains go side by side, since a chain alone waits for itself:
+    `scores` of the next ones are asked for before those at hand are absorbed.
+    """
+    chunks = range(0, step.bq, step.cq)
+    side = max(1, tiles.CHAINS // len(chunks))
+    side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
+
+    def visit(states, chains, spans, masked):
+        items = list(itertools.product(spans, enumerate(chains)))
+        ready = {}
+        for at in range(len(items) + tiles.AHEAD):
+            if at < len(items):
+                tile, (_, chain) = items[at]
+                ready[at] = scores(chain, tile, masked)
+            if at >= tiles.AHEAD:
+                tile, (n, chain) = items[at - tiles.AHEAD]
+                states[n] = absorb(states[n], chain, tile, *ready.pop(at - tiles.AHEAD))
+        return states
+
+    def heads(first):
+        chains = [(first + h, c) for h in range(side) for c in chunks]
+        states = [start_of(chain) for chain in chains]
+        if step.masked:
+            states = listed(states, chains)
+        else:
+            states = every(states, chains)
+        for state, chain in zip(states, chains, strict=True):
+            finish(state, chain)
+
+    def every(states, chains):
+        spans = [(s, min(step.bk, step.S - s)) for s in range(0, step.S, step.bk)]
+        many = max(1, tiles.UNROLLED // len(chains))
+        loops = len(spans) // many if len(spans) > many else 0
+        full = step.S // step.bk
+        loops = min(loops, full // many)
+
+        def body(n, states):
+            base = pl.multiple_of(n * (many * step.bk), step.bk)
+            spans = [(base + m * step.bk, step.bk) for m in range(many)]
+            return visit(list(states), chains, spans, False)
+
+        if loops:
+            states = lax.fori_loop(0, loops, body, states)
+        return visit(list(states), chains, spans[loops * many :], False)
+
+    def listed(states, chains):
+        visits = refs["visits"]
+
+        def body(masked, n, states):
+            start = pl.multiple_of(visits[0, 0, 0, 2 + n] * step.bk, step.bk)
+            return visit(list(states), chains, [(start, step.bk)], masked)
+
+        full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
+        states = lax.fori_loop(0, full, functools.partial(body, False), states)
+        return lax.fori_loop(full, total, functools.partial(body, True), states)
+
+    groups = step.lanes.N // side
+    if groups * len(chunks) * side * pl.cdiv(step.S, step.bk) <= 2 * tiles.UNROLLED:
+        for n in range(groups):
+            heads(n * side)
+    else:
+        lax.fori_loop(0, groups, lambda n, _: heads(n * side) or _, 0)

@@ -1,0 +1,167 @@
+"""How heads lie in a TPU's lanes, and what is done to them there.
+
+A TPU register holds 128 lanes, and `[B, T, N * H]` is the layout that a product of matrices
+writes and reads without a copy. The kernels cut it into *windows*: one head, or as many
+heads as 128 lanes hold where they fit evenly. Other heads than the one at work are set to
+zero, so a product over a whole window is the product over one head, and costs the same.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxformer.kernels.case import Case, Side
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """Where the heads of one grid step lie.
+
+    `H` head size, `G` query heads for each key head, `K` key heads in the step. A window
+    is `width` lanes wide and holds `heads` heads side by side.
+    """
+
+    H: int
+    G: int
+    K: int
+    width: int
+    heads: int
+
+    @classmethod
+    def of(cls, N: int, K: int, H: int, lanes: int) -> "Lanes":
+        """As many key heads a step as cut the array evenly and fill about `lanes`."""
+        unit = math.lcm(H, LANES) // H
+        even = K % unit == 0
+        step = unit if even else K
+        while even and K % (2 * step) == 0 and 2 * step * H <= lanes:
+            step *= 2
+        heads = LANES // H if even and LANES % H == 0 else 1
+        return cls(H, N // K, step, -(-heads * H // LANES) * LANES, heads)
+
+    @property
+    def N(self) -> int:
+        """Query heads in the step."""
+        return self.G * self.K
+
+    def split(self, x: Array) -> list[Array]:
+        """`[rows, n * H]` -> n / heads windows `[rows, width]`, zero where there is no head."""
+        size = self.heads * self.H
+        parts = [x[:, i : i + size] for i in range(0, x.shape[1], size)]
+        if size == self.width:
+            return parts
+        spare = jnp.zeros((x.shape[0], self.width - size), x.dtype)
+        return [jnp.concatenate([part, spare], 1) for part in parts]
+
+    def join(self, windows: list[Array]) -> Array:
+        """The inverse of `split`."""
+        return jnp.concatenate([w[:, : self.heads * self.H] for w in windows], 1)
+
+    def window(self, head) -> Array:
+        """The window of a key head."""
+        return head // self.heads
+
+    def only(self, x: Array, head: int) -> Array:
+        """A window of queries with query head `head` alone, in its key head's lanes."""
+        if self.heads == 1:
+            return x
+        here, there = head % self.heads, head // self.G % self.heads
+        if here != there:
+            x = pltpu.roll(x, (there - here) % self.heads * self.H, 1)
+        return jnp.where(self._slot(there), x, jnp.zeros_like(x))
+
+    def back(self, x: Array, head: int) -> Array:
+        """The inverse of `only`: a window with the head back in its own lanes."""
+        if self.heads == 1:
+            return x
+        here, there = head % self.heads, head // self.G % self.heads
+        x = jnp.where(self._slot(there), x, jnp.zeros_like(x))
+        return pltpu.roll(x, (here - there) % self.heads * self.H, 1) if here != there else x
+
+    def _lane(self) -> Array:
+        return lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
+
+    def _slot(self, slot: int) -> Array:
+        lane = self._lane()
+        return (lane >= slot * self.H) & (lane < (slot + 1) * self.H)
+
+    def _each(self, x: Array) -> Array:
+        """`[rows, width]` float32 -> the mean over each head, in all its lanes."""
+        out = jnp.zeros_like(x)
+        for slot in range(self.heads):
+            one = self._slot(slot)
+            mean = jnp.where(one, x, 0.0).sum(1, keepdims=True) * (1 / self.H)
+            out = jnp.where(one, mean, out)
+        return out
+
+    def _swap(self, x: Array) -> Array:
+        """Lane i of a head gets lane i + H/2, and the other way round."""
+        lane, half = self._lane(), self.H // 2
+        first = lane < half
+        for slot in range(1, self.heads):
+            start = slot * self.H
+            first |= (lane >= start) & (lane < start + half)
+        return jnp.where(first, pltpu.roll(x, self.width - half, 1), pltpu.roll(x, half, 1))
+
+    def prepare(self, x: Array, side: dict[str, Array], case: Side) -> Array:
+        """Norm and rotation of a window `[rows, width]`, in float32."""
+        if case.scale is not None:
+            x, _ = self._normal(x, case)
+            x *= side["scale"]
+            if case.shift is not None:
+                x += side["shift"]
+        if case.cos is not None:
+            x = x * side["cos"] + self._swap(x) * side["sin"]
+        return x
+
+    def _normal(self, x: Array, case: Side) -> tuple[Array, Array]:
+        """x with its scale removed, and one over that scale."""
+        if case.centered:
+            x -= self._each(x)
+            if self.heads * self.H < self.width:
+                x = jnp.where(self._lane() < self.heads * self.H, x, 0.0)
+        rate = lax.rsqrt(self._each(jnp.square(x)) + case.epsilon)
+        return x * rate, rate
+
+    def unprepare(
+        self, g: Array, x: Array, side: dict[str, Array], case: Side
+    ) -> tuple[Array, Array, Array]:
+        """Gradients by x, and by the norm's scale and shift summed over rows `[1, width]`."""
+        none = jnp.zeros((1, self.width), jnp.float32)
+        if case.cos is not None:
+            g = g * side["cos"] + self._swap(g * side["sin"])
+        if case.scale is None:
+            return g, none, none
+        normal, rate = self._normal(x, case)
+        d_scale, d_shift = (y.sum(0, keepdims=True) for y in (g * normal, g))
+        g *= side["scale"]
+        inner = g - normal * self._each(g * normal)
+        if case.centered:
+            inner -= self._each(g)
+        return inner * rate, d_scale, d_shift
+
+
+def sides(case: Case, lanes: Lanes) -> dict[str, dict[str, Array]]:
+    """What `prepare` reads, as wide as a window: weights `[1, width]`, angles `[b, T, width]`."""
+    return {"q": _side(case.q, lanes), "k": _side(case.k, lanes)}
+
+
+def _side(side: Side, lanes: Lanes) -> dict[str, Array]:
+    def wide(x):
+        x = jnp.concatenate([x] * lanes.heads, -1)
+        spare = lanes.width - x.shape[-1]
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]).astype(jnp.float32)
+
+    found = {}
+    for name in ("scale", "shift"):
+        if (weight := getattr(side, name)) is not None:
+            found[name] = wide(weight[None])
+    if side.cos is not None:
+        assert side.sin is not None
+        found["cos"] = wide(jnp.concatenate([side.cos, side.cos], -1))
+        found["sin"] = wide(jnp.concatenate([-side.sin, side.sin], -1))
+    return found

@@ -1,0 +1,76 @@
+"""How large the tiles of the kernels are, by device, head size and length, and which are seen."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+# TPU: how many (head, queries) chains of dependent work go side by side, how many
+# products are asked for ahead of the softmax that takes them, and how many tiles are
+# written out without a loop. Measured by the compiler's schedules, `docs/measured/tpu`.
+CHAINS = 4
+AHEAD = 2
+UNROLLED = 32
+
+
+def up(n: int, multiple: int) -> int:
+    """`n` rounded up."""
+    return -(-n // multiple) * multiple
+
+
+def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, biased: bool):
+    """Queries a step, queries a chunk, keys a tile, and lanes a step."""
+    if masked:
+        bq = min(up(T, 128), 256) if T > 128 else T
+        return bq, bq, 256, 256
+    lanes = 512 if T <= 512 else 128
+    if T <= 512:
+        return T, T, max(S, 1) if S <= 512 else 512, lanes
+    blocks = -(-T // 1024)
+    bq = min(T, up(-(-T // blocks), 256))
+    if bq == T:
+        cq = T if T % 512 else 512
+    else:
+        cq = 512 if bq % 512 == 0 else 256
+    return bq, cq, min(S, 512), lanes
+
+
+def tpu_parts(S: int, dtype) -> list[int]:
+    """Lengths of the parts that a row of keys is taken in, each small enough for VMEM."""
+    return [S]
+
+
+def tpu_compiler_params():
+    """Blocks of queries share the scratch of their keys; all else is independent."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=100 * 2**20,
+    )
+
+
+def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:
+    """Which tiles of `bk` keys each block of `bq` queries sees.
+
+    Args:
+      intervals: `[b, 2 or 4, T]`, as in `Case`.
+
+    Returns:
+      `[b, blocks, 2 + tiles]` int32: how many tiles the whole block sees, how many it
+      sees at all, and their numbers, those first that the whole block sees.
+    """
+    b, n, T = intervals.shape
+    blocks, tiles = -(-T // bq), -(-S // bk)
+    rows = jnp.pad(intervals, ((0, 0), (0, 0), (0, blocks * bq - T)), mode="edge")
+    rows = jnp.clip(rows, 0, S).reshape(b, n // 2, 2, blocks, bq, 1)
+    start, stop = rows[:, :, 0], rows[:, :, 1]
+    first = jnp.arange(tiles, dtype=jnp.int32)[(None,) * 4] * bk
+    last = jnp.minimum(first + bk, S)
+    some = (jnp.maximum(start, first) < jnp.minimum(stop, last)).any((1, 3))
+    whole = ((start <= first) & (stop >= last)).any(1)
+    if n == 4:
+        for a, c in ((0, 1), (1, 0)):  # One interval begins where the other ends.
+            joined = (start[:, a] <= first[:, 0]) & (stop[:, a] >= start[:, c])
+            whole |= joined & (stop[:, c] >= last[:, 0])
+    whole = whole.all(2)
+    order = jnp.argsort(jnp.where(whole, 0, jnp.where(some, 1, 2)), axis=-1, stable=True)
+    counts = [x.sum(-1, keepdims=True) for x in (whole & some, some)]
+    return jnp.concatenate([*counts, order], -1).astype(jnp.int32)

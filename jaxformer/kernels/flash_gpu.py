@@ -158,4 +158,4 @@ def _forward(p: Problem, size, q_ref, k_ref, v_ref, case: Case, visits, out_ref,
     inverse = 1 / jnp.where(empty, 1, total)
     store_head(p, out_ref, b, t, n, [a * inverse[:, None] for a in out])
     lse = jnp.where(empty, -jnp.inf, top * math.log(2) + jnp.log(total))
-    store(lse_ref, b, n, places(block, size.queries, p.T, 0), value=lse[:, None])
+    store(lse_ref, b, n, t, value=lse[:, None])

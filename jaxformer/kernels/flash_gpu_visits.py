@@ -87,3 +87,10 @@ def walk(step, carry, visits: Visits | None, b, block, whole: int, tiles: int, g
     if visits is None and whole == tiles:
         return carry
     return loop(whole, tiles, True, carry)
+
+
+def walk_unseen(step, visits: Visits, b, block, tiles: int):
+    """Takes `step(tile)` over what a block does not visit."""
+    b = 0 if visits.count.shape[0] == 1 else b
+    begin = visits.count[b, block, 1]
+    lax.fori_loop(begin, tiles, lambda i, _: step(visits.order[b, block, i]), None)

@@ -1,5 +1,7 @@
 """How large the tiles of the kernels are, by device, head size and length, and which are seen."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
@@ -22,7 +24,7 @@ def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, biased: bool):
     if masked:
         bq = min(up(T, 128), 256) if T > 128 else T
         return bq, bq, 256, 256
-    lanes = 512 if T <= 512 else 128
+    lanes = 512 if T <= 512 else max(128, 2 * H)
     if T <= 512:
         return T, T, max(S, 1) if S <= 512 else 512, lanes
     blocks = -(-T // 1024)
@@ -74,3 +76,30 @@ def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:
     order = jnp.argsort(jnp.where(whole, 0, jnp.where(some, 1, 2)), axis=-1, stable=True)
     counts = [x.sum(-1, keepdims=True) for x in (whole & some, some)]
     return jnp.concatenate([*counts, order], -1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A Triton kernel's tile: queries by keys, and how many warps and stages work on it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def gpu(H: int, dtype, T: int, S: int, kernel: str) -> Gpu:
+    """For one of the kernels "forward", "queries" and "keys" (the two of the gradients)."""
+    forward, row = kernel == "forward", next(i for i in (64, 128, 256) if i >= H)
+    if jnp.dtype(dtype).itemsize == 4:
+        tile = Gpu(32, 32, 4, 1)
+    elif forward:
+        rows = {64: Gpu(128, 64, 4, 3), 128: Gpu(128, 64, 8, 3), 256: Gpu(64, 32, 4, 2)}
+        tile = rows[row]
+    else:
+        rows = {64: Gpu(64, 64, 4, 3), 128: Gpu(64, 64, 8, 2), 256: Gpu(32, 32, 4, 1)}
+        tile = rows[row]
+    queries, keys = (max(16, 1 << (n - 1).bit_length()) for n in (T, S))
+    return dataclasses.replace(
+        tile, queries=min(tile.queries, queries), keys=min(tile.keys, keys)
+    )

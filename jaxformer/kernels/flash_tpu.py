@@ -31,21 +31,12 @@ ONES = 8  # Rows of ones below v^T.
 def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
     """Attention and its logsumexp, see `jaxformer.kernels.case`.
 
-    Keys beyond what VMEM holds are taken in parts, merged by their logsumexp.
-
     Raises:
       NotImplementedError: a head size that is not a multiple of 8 up to 256, or a dtype
         other than bfloat16 and float32.
     """
     check(q)
-    parts = tiles.tpu_parts(k.shape[1], k.dtype)
-    if len(parts) == 1:
-        return _forward(q, k, v, case, interpret=interpret)
-    out, lse = (
-        jnp.zeros(q.shape, jnp.float32),
-        jnp.full(q.shape[:1] + q.shape[2:0:-1], -jnp.inf),
-    )
-    raise NotImplementedError
+    return _forward(q, k, v, case, interpret=interpret)
 
 
 def check(q: Array) -> None:
@@ -81,7 +72,7 @@ class Step:
 
 
 def _forward(q, k, v, case, *, interpret):
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    (B, T, N, H), K = q.shape, k.shape[2]
     step = make_step(q, k, case, backward=False)
     lanes = step.lanes
     groups, blocks = K // lanes.K, pl.cdiv(T, step.bq)
@@ -113,7 +104,7 @@ def _forward(q, k, v, case, *, interpret):
 
 def make_step(q, k, case, *, backward) -> Step:
     """Chooses tiles and heads a step."""
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     masked = case.intervals is not None
     bq, cq, bk, wide = tiles.tpu(
         T, S, H, masked=masked, backward=backward, biased=case.bias is not None
@@ -231,14 +222,15 @@ def product(a, b, dimensions):
 
 
 def logits(refs, q, k, place, head, chunk, start, case, step, masked):
-    """Logits of some keys and queries in base 2, `[keys, queries]`, and who sees whom.
+    """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
 
-    `place`: the group of heads and the block of queries. `head` counts in the step, `chunk` and `start` are the first query and key, `masked`:
-    not all keys are seen.
+    `place`: the group of heads and the block of queries. `head` counts in the step,
+    `chunk` and `start` are the first query and key, `masked`: not all keys are seen.
     """
-    s = product(k, q, ((1,), (1,)))
+    s, slope = product(k, q, ((1,), (1,))), None
     if case.softcap:
-        s = jnp.tanh(s) * (case.softcap * LOG2E)
+        t = jnp.tanh(s)
+        s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
     if case.bias is not None:
         n = head if refs["bias"].shape[1] > 1 else 0
         bias = refs["bias"][0, n, pl.ds(chunk, q.shape[0]), pl.ds(start, k.shape[0])]
@@ -246,19 +238,19 @@ def logits(refs, q, k, place, head, chunk, start, case, step, masked):
     index = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
     if case.slopes is not None:
         group, block = place
-        slope = refs["slopes"][group * step.lanes.N + head] * LOG2E
+        steep = refs["slopes"][group * step.lanes.N + head] * LOG2E
         first = block * step.bq + chunk + case.offset
         query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        s -= slope * jnp.abs(query - index).astype(jnp.float32)
+        s -= steep * jnp.abs(query - index).astype(jnp.float32)
     if not masked:
-        return s, None
+        return s, None, slope
     rows = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])]
     seen = (index >= rows[0:1]) & (index < rows[1:2])
     if rows.shape[0] == 4:
         seen |= (index >= rows[2:3]) & (index < rows[3:4])
     if step.rows > step.S:
         seen &= index < step.S
-    return s, seen
+    return s, seen, slope
 
 
 def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
@@ -282,7 +274,7 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         k = k_scr[kv // lanes.heads, pl.ds(start, size)]
         return logits(refs, q, k, place, head, chunk, start, case, step, masked)
 
-    def absorb(state, chain, tile, s, seen):
+    def absorb(state, chain, tile, s, seen, _):
         (head, _), (start, size) = chain, tile
         if seen is not None:
             s = jnp.where(seen, s, 3 * LOW)
@@ -335,10 +327,7 @@ def sweep(refs, step, start_of, scores, absorb, finish):
     def heads(first):
         chains = [(first + h, c) for h in range(side) for c in chunks]
         states = [start_of(chain) for chain in chains]
-        if step.masked:
-            states = listed(states, chains)
-        else:
-            states = every(states, chains)
+        states = (listed if step.masked else every)(states, chains)
         for state, chain in zip(states, chains, strict=True):
             finish(state, chain)
 

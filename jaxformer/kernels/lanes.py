@@ -74,14 +74,6 @@ class Lanes:
             x = pltpu.roll(x, (there - here) % self.heads * self.H, 1)
         return jnp.where(self._slot(there), x, jnp.zeros_like(x))
 
-    def back(self, x: Array, head: int) -> Array:
-        """The inverse of `only`: a window with the head back in its own lanes."""
-        if self.heads == 1:
-            return x
-        here, there = head % self.heads, head // self.G % self.heads
-        x = jnp.where(self._slot(there), x, jnp.zeros_like(x))
-        return pltpu.roll(x, (here - there) % self.heads * self.H, 1) if here != there else x
-
     def _lane(self) -> Array:
         return lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
 
@@ -146,7 +138,7 @@ class Lanes:
 
 
 def sides(case: Case, lanes: Lanes) -> dict[str, dict[str, Array]]:
-    """What `prepare` reads, as wide as a window: weights `[1, width]`, angles `[b, T, width]`."""
+    """What `prepare` reads, by window: weights `[1, width]`, angles `[b, T, width]`."""
     return {"q": _side(case.q, lanes), "k": _side(case.k, lanes)}
 
 

@@ -1,0 +1,246 @@
+"""Flash attention for TPUs, backward: all gradients in one pass over the tiles.
+
+The weights are made anew from the logits and the forward pass's logsumexp (Dao et al.
+2022, arXiv 2205.14135, appendix B). Logits are transposed here too, `[keys, queries]`, so
+that of the five products of a tile only the keys must be transposed, once. The gradients of
+the keys grow in VMEM while the blocks of queries pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxformer.kernels import flash_tpu as forward
+from jaxformer.kernels import tiles
+from jaxformer.kernels.case import Case, Gradients
+from jaxformer.kernels.flash_tpu import LOG2E, LOW, product
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    case: Case,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    d_lse: Array | None = None,
+    *,
+    interpret=False,
+) -> Gradients:
+    """The gradients of attention, see `jaxformer.kernels.case`.
+
+    Raises:
+      NotImplementedError: as `flash_tpu.forward`.
+    """
+    forward.check(q)
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    step = forward.make_step(q, k, case, backward=True)
+    lanes, flat = step.lanes, step.flat
+    groups, blocks = K // lanes.K, pl.cdiv(T, step.bq)
+    arrays, specs = forward.inputs(q, k, v, case, step)
+    stats = pl.BlockSpec((1, 1, lanes.N, step.bq), lambda b, g, i: (b, g, 0, i))
+    arrays |= {"out": flat(out), "d_out": flat(d_out.astype(q.dtype))}
+    specs |= {"out": specs["q"], "d_out": specs["q"]}
+    for name, x in (("lse", lse), ("d_lse", d_lse)):
+        if x is not None:
+            arrays[name] = x.reshape(B, groups, lanes.N, T)
+            specs[name] = stats
+    like = {"q": arrays["q"], "k": arrays["k"], "v": arrays["v"]}
+    out_shape = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in like.items()}
+    out_specs = {n: specs[n] for n in like}
+    for name, side in (("q", case.q), ("k", case.k)):
+        if side.scale is not None:
+            shape = (B, groups, 2, lanes.width)
+            out_shape[f"{name}_norm"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+            out_specs[f"{name}_norm"] = pl.BlockSpec(
+                (1, 1, 2, lanes.width), lambda b, g, i: (b, g, 0, 0)
+            )
+    if case.bias is not None:
+        out_shape["bias"] = jax.ShapeDtypeStruct((B, N, T, S), jnp.float32)
+        out_specs["bias"] = pl.BlockSpec(
+            (1, lanes.N, step.bq, step.rows), lambda b, g, i: (b, g, i, 0)
+        )
+    windows = (lanes.K // lanes.heads, step.rows, lanes.width)
+    found = pl.pallas_call(
+        functools.partial(_kernel, case=case, step=step),
+        grid=(B, groups, blocks),
+        in_specs=(specs,),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[
+            {
+                "k": pltpu.VMEM(windows, k.dtype),
+                "kt": pltpu.VMEM((lanes.K, H, step.rows), k.dtype),
+                "v": pltpu.VMEM(windows, k.dtype),
+                "dk": pltpu.VMEM(windows, jnp.float32),
+                "dv": pltpu.VMEM(windows, jnp.float32),
+                "q": pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
+                "d_out": pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
+                "stats": pltpu.VMEM((lanes.N, 2, step.bq), jnp.float32),
+                "dqt": pltpu.VMEM((lanes.N * H, step.bq), jnp.float32),
+            }
+        ],
+        compiler_params=tiles.tpu_compiler_params(),
+        interpret=interpret,
+        name="flash_backward",
+    )(arrays)
+    norms = {}
+    for name, side in (("q", case.q), ("k", case.k)):
+        if side.scale is not None:
+            sums = found[f"{name}_norm"].sum((0, 1))[:, : lanes.heads * H]
+            sums = sums.reshape(2, lanes.heads, H).sum(1)
+            norms[f"{name}_scale"] = sums[0]
+            norms[f"{name}_shift"] = None if side.shift is None else sums[1]
+    return Gradients(
+        found["q"].reshape(q.shape),
+        found["k"].reshape(k.shape),
+        found["v"].reshape(v.shape),
+        bias=_to_shape(found["bias"], case.bias) if case.bias is not None else None,
+        **norms,
+    )
+
+
+def _to_shape(x: Array, like: Array) -> Array:
+    """Sums over the axes along which `like` was repeated."""
+    axes = tuple(a for a in range(2) if like.shape[a] < x.shape[a])
+    return x.sum(axes, keepdims=True).astype(like.dtype)
+
+
+def _kernel(refs, out, scr, *, case, step):
+    lanes = step.lanes
+    place = pl.program_id(1), pl.program_id(2)
+    blocks = pl.cdiv(step.T, step.bq)
+    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
+
+    def at(block, do):
+        do() if blocks == 1 else pl.when(place[1] == block)(do)
+
+    at(0, lambda: _load(refs, out, scr, case, step))
+    forward.load_queries(refs, scr["q"], case, step)
+    _load_gradient(refs, scr, place[1], step)
+    if "bias" in out and step.masked:
+        out["bias"][...] = jnp.zeros_like(out["bias"])  # Not every tile is visited.
+
+    def scores(chain, tile, masked):
+        (head, chunk), (start, size) = chain, tile
+        window, keys = head // lanes.G // lanes.heads, pl.ds(start, size)
+        q, g = (scr[n][head, pl.ds(chunk, step.cq)] for n in ("q", "d_out"))
+        k, v = scr["k"][window, keys], scr["v"][window, keys]
+        found = forward.logits(refs, q, k, place, head, chunk, start, case, step, masked)
+        return *found, product(v, g, ((1,), (1,)))
+
+    def absorb(dqt, chain, tile, s, seen, slope, dp):
+        (head, chunk), (start, size) = chain, tile
+        window, keys = head // lanes.G // lanes.heads, pl.ds(start, size)
+        queries = pl.ds(chunk, step.cq)
+        lse, delta = (scr["stats"][head, n : n + 1, queries] for n in range(2))
+        if seen is not None:
+            s = jnp.where(seen, s, 3 * LOW)
+        p = jnp.exp2(s - lse)
+        ds = p * (dp - delta)
+        if case.bias is not None:
+            out["bias"][0, head, queries, keys] = ds.T
+        if slope is not None:
+            ds *= slope
+        p, ds = p.astype(scr["q"].dtype), ds.astype(scr["q"].dtype)
+        scr["dv"][window, keys] += product(p, scr["d_out"][head, queries], ((1,), (0,)))
+        scr["dk"][window, keys] += product(ds, scr["q"][head, queries], ((1,), (0,)))
+        return dqt + product(scr["kt"][head // lanes.G, :, keys], ds, ((1,), (0,)))
+
+    def start_of(_):
+        return jnp.zeros((lanes.H, step.cq), jnp.float32)
+
+    def finish(dqt, chain):
+        head, chunk = chain
+        rows = pl.ds(head * lanes.H, lanes.H)
+        scr["dqt"][rows, pl.ds(chunk, step.cq)] = dqt * case.scale
+
+    forward.sweep(refs, step, start_of, scores, absorb, finish)
+    dq = scr["dqt"][...].T
+    if case.q.plain:
+        out["q"][0] = dq.astype(out["q"].dtype)
+    else:
+        _unprepare(refs, out, "q", lanes.split(dq), case.q, step, place[1])
+    at(blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale / factor))
+
+
+def _load(refs, out, scr, case, step):
+    """Lays out keys and values, and clears what grows."""
+    lanes, S, H = step.lanes, step.S, step.lanes.H
+    forward.load_keys(refs, scr["k"], case, step)
+    for u, w in enumerate(lanes.split(refs["v"][0])):
+        if step.rows > S:
+            scr["v"][u, S // 16 * 16 :] = jnp.zeros_like(scr["v"][u, S // 16 * 16 :])
+        scr["v"][u, :S] = w
+    for u in range(lanes.K // lanes.heads):
+        kt = scr["k"][u].T
+        for slot in range(lanes.heads):
+            scr["kt"][u * lanes.heads + slot] = kt[slot * H : (slot + 1) * H]
+    for name in ("dk", "dv"):
+        scr[name][...] = jnp.zeros_like(scr[name])
+    for name in ("q_norm", "k_norm"):
+        if name in out:
+            out[name][...] = jnp.zeros_like(out[name])
+
+
+def _load_gradient(refs, scr, block, step):
+    """Lays out d_out, and makes the rows `lse` (in base 2) and `delta` of each query."""
+    lanes, H = step.lanes, step.lanes.H
+    rest = step.T - block * step.bq  # Queries there are; the others hold anything.
+    uneven = step.T % step.bq > 0
+    g, y = refs["d_out"][0], refs["out"][0]
+    if uneven:
+        row = lax.broadcasted_iota(jnp.int32, (step.bq, 1), 0) < rest
+        g = jnp.where(row, g, jnp.zeros_like(g))
+        for h in range(lanes.N):
+            scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
+    windows = lanes.split(g)
+    for h in range(lanes.N):
+        scr["d_out"][h] = lanes.only(windows[h // lanes.heads], h)
+    lse = refs["lse"][0, 0] * LOG2E
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    delta = (g.astype(jnp.float32) * y.astype(jnp.float32)).T
+    for h in range(lanes.N):
+        d = delta[h * H : (h + 1) * H].sum(0, keepdims=True)
+        if "d_lse" in refs:
+            d -= refs["d_lse"][0, 0, h : h + 1]
+        l = lse[h : h + 1]
+        if uneven:
+            column = lax.broadcasted_iota(jnp.int32, (1, step.bq), 1) < rest
+            d, l = jnp.where(column, d, 0.0), jnp.where(column, l, -LOW)
+        scr["stats"][h, 0:1], scr["stats"][h, 1:2] = l, d
+
+
+def _store(refs, out, scr, case, step, factor):
+    """Writes the gradients of keys and values, whole by now."""
+    lanes, S = step.lanes, step.S
+    windows = [scr["dk"][u, :S] * factor for u in range(lanes.K // lanes.heads)]
+    if case.k.plain:
+        out["k"][0] = lanes.join(windows).astype(out["k"].dtype)
+    else:
+        _unprepare(refs, out, "k", windows, case.k, step, None)
+    windows = [scr["dv"][u, :S] for u in range(lanes.K // lanes.heads)]
+    out["v"][0] = lanes.join(windows).astype(out["v"].dtype)
+
+
+def _unprepare(refs, out, name, windows, side, step, block):
+    """Takes gradients back through rotation and norm, and sums those of its weights."""
+    lanes = step.lanes
+    read = forward.read_side(refs["sides"][name])
+    done = []
+    for g, x in zip(windows, lanes.split(refs[name][0]), strict=True):
+        x = x.astype(jnp.float32)
+        if block is not None and step.T % step.bq:
+            row = lax.broadcasted_iota(jnp.int32, (step.bq, 1), 0) < step.T - block * step.bq
+            x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
+        g, d_scale, d_shift = lanes.unprepare(g, x, read, side)
+        done.append(g)
+        if side.scale is not None:
+            out[f"{name}_norm"][0, 0, 0:1] += d_scale
+            out[f"{name}_norm"][0, 0, 1:2] += d_shift
+    out[name][0] = lanes.join(done).astype(out[name].dtype)

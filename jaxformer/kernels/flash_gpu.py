@@ -61,7 +61,7 @@ def forward(
     """
     p = Problem.of(q, k, v, case)
     case = _clipped(case, p)
-    size = gpu(p.H, p.dtype, p.T, p.S, "forward")
+    size = gpu("forward", p.T, p.S, p.H, p.dtype, laden=p.laden)
     kind = kinds(case.intervals, p, size.queries, size.keys)
     out, lse = pl.pallas_call(
         functools.partial(_forward, p, size),

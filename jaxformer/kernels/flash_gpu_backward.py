@@ -69,7 +69,7 @@ def gradients(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool) -> G
 
 def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dq, the bias's gradient in every batch and head, and sums for the queries' norm."""
-    size = gpu(p.H, p.dtype, p.T, p.S, "queries")
+    size = gpu("queries", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.T, size.queries)
     kind = kinds(case.intervals, p, size.queries, size.keys)
     out = {"rows": jax.ShapeDtypeStruct(q.shape, q.dtype)}
@@ -91,7 +91,7 @@ def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
 
 def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dk and dv, and sums for the keys' norm."""
-    size = gpu(p.H, p.dtype, p.T, p.S, "keys")
+    size = gpu("keys", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.S, size.keys)
     kind = kinds(case.intervals, p, size.queries, size.keys)
     out = {"rows": jax.ShapeDtypeStruct(k.shape, k.dtype), "v": jax.ShapeDtypeStruct.like(v)}

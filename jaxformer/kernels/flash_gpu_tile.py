@@ -29,7 +29,10 @@ Parts = list[Array]  # A tile of a head, cut by columns.
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The sizes of an attention problem, and how its heads are cut."""
+    """The sizes of an attention problem, and how its heads are cut.
+
+    `rotary`: heads are turned, and cut by halves. `laden`: tiles hold more than heads.
+    """
 
     B: int
     T: int
@@ -38,6 +41,7 @@ class Problem:
     K: int
     H: int
     rotary: bool
+    laden: bool
     dtype: jnp.dtype
 
     @classmethod
@@ -52,7 +56,8 @@ class Problem:
         if H > 256:
             raise NotImplementedError(f"head size {H} is above the Triton kernel's 256")
         rotary = case.q.cos is not None or case.k.cos is not None
-        return cls(B, T, S, N, K, H, rotary, q.dtype)
+        laden = not (case.q.plain and case.k.plain and case.bias is None)
+        return cls(B, T, S, N, K, H, rotary, laden, q.dtype)
 
     @property
     def G(self) -> int:

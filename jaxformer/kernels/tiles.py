@@ -88,17 +88,41 @@ class Gpu:
     stages: int
 
 
-def gpu(H: int, dtype, T: int, S: int, kernel: str) -> Gpu:
+# By kernel and head size up to. What Triton and ptxas make of each fits the 99 KiB of shared
+# memory that every GPU since Ampere has, and 255 registers with few spills or none.
+GPU = {
+    ("forward", 64): Gpu(128, 64, 4, 3),
+    ("forward", 128): Gpu(128, 64, 8, 3),
+    ("forward", 256): Gpu(64, 32, 8, 2),
+    ("queries", 64): Gpu(64, 64, 4, 3),
+    ("queries", 128): Gpu(64, 64, 8, 2),
+    ("queries", 256): Gpu(64, 32, 8, 1),
+    ("keys", 64): Gpu(64, 64, 4, 3),
+    ("keys", 128): Gpu(64, 64, 8, 2),
+    ("keys", 256): Gpu(16, 64, 8, 2),
+}
+# With a norm, angles or a bias, which a tile holds beside its heads.
+GPU_LADEN = {
+    ("forward", 64): Gpu(128, 64, 8, 2),
+    ("forward", 128): Gpu(128, 32, 8, 2),
+    ("forward", 256): Gpu(64, 32, 8, 1),
+    ("queries", 64): Gpu(64, 64, 8, 2),
+    ("queries", 128): Gpu(64, 32, 8, 2),
+    ("queries", 256): Gpu(32, 32, 8, 1),
+    ("keys", 64): Gpu(64, 64, 8, 2),
+    ("keys", 128): Gpu(32, 64, 8, 2),
+    ("keys", 256): Gpu(32, 32, 8, 1),
+}
+
+
+def gpu(kernel: str, T: int, S: int, H: int, dtype, *, laden: bool) -> Gpu:
     """For one of the kernels "forward", "queries" and "keys" (the two of the gradients)."""
-    forward, row = kernel == "forward", next(i for i in (64, 128, 256) if i >= H)
     if jnp.dtype(dtype).itemsize == 4:
-        tile = Gpu(32, 32, 4, 1)
-    elif forward:
-        rows = {64: Gpu(128, 64, 4, 3), 128: Gpu(128, 64, 8, 3), 256: Gpu(64, 32, 4, 2)}
-        tile = rows[row]
+        tile = Gpu(32, 32, 8, 1) if H <= 128 else Gpu(16, 16, 8, 1)
     else:
-        rows = {64: Gpu(64, 64, 4, 3), 128: Gpu(64, 64, 8, 2), 256: Gpu(32, 32, 4, 1)}
-        tile = rows[row]
+        table = GPU_LADEN if laden else GPU
+        tile = table[kernel, next(size for size in (64, 128, 256) if H <= size)]
+    # A short array is one tile, of at least the 16 that tensor cores take.
     queries, keys = (max(16, 1 << (n - 1).bit_length()) for n in (T, S))
     return dataclasses.replace(
         tile, queries=min(tile.queries, queries), keys=min(tile.keys, keys)

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton
 from jaxformer.kernels import flash_gpu_backward
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_gpu_tile import (
+    CaseRefs,
     Problem,
     bounds,
     load_head,
@@ -73,7 +74,7 @@ def forward(
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_forward",
-    )(q, k, v, case, None if kind is None else Visits.of(kind))
+    )(q, k, v, CaseRefs.of(case), Visits.of(kind))
     return out, lse
 
 

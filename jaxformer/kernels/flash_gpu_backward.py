@@ -6,8 +6,8 @@ of keys and walks over the queries of all heads that share it: dk and dv are sum
 fixed order, the same in every run.
 """
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 from jaxformer.kernels.case import Case, Gradients, Side
 from jaxformer.kernels.flash_gpu_tile import (
     LOG2E,
+    CaseRefs,
     Parts,
     Places,
     Problem,
@@ -40,9 +41,7 @@ from jaxformer.kernels.flash_gpu_visits import Visits, kinds, walk, walk_unseen
 from jaxformer.kernels.tiles import gpu
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """What the backward pass knows of each query.
 
     `d_out` `[B, T, N, H]`; `lse` and `delta` `[B, N, T]` float32: the log-sum, +inf where
@@ -58,7 +57,7 @@ def gradients(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool) -> G
     """All of them; the intervals of `case` are clipped."""
     d_q, d_bias, q_scale, q_shift = _by_queries(p, q, k, v, case, rows, interpret)
     d_k, d_v, k_scale, k_shift = _by_keys(p, q, k, v, case, rows, interpret)
-    if d_bias is not None:
+    if case.bias is not None:
         over = [i for i in (0, 1) if case.bias.shape[i] == 1]
         d_bias = d_bias.sum(over, keepdims=True).astype(case.bias.dtype)
     weights = [
@@ -85,7 +84,7 @@ def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_gradients_by_queries",
-    )(q, k, v, case, rows, None if kind is None else Visits.of(kind))
+    )(q, k, v, CaseRefs.of(case), rows, Visits.of(kind))
     return out["rows"], *(out.get(name) for name in ("bias", "scale", "shift"))
 
 
@@ -103,7 +102,14 @@ def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_gradients_by_keys",
-    )(q, k, v, case, rows, None if kind is None else Visits.of(kind.swapaxes(1, 2)))
+    )(
+        q,
+        k,
+        v,
+        CaseRefs.of(case),
+        rows,
+        None if kind is None else Visits.of(kind.swapaxes(1, 2)),
+    )
     return out["rows"], out["v"], *(out.get(name) for name in ("scale", "shift"))
 
 
@@ -188,12 +194,11 @@ def _finish(p: Problem, out, d: Parts, ref, side: Side, scale, b, rows: Places, 
     """Goes back through scale, rotation and norm; writes what comes out."""
     d = [a * scale for a in d]
     x = load_head(p, ref, b, rows, n)
-    d, d_scale, d_shift = pull_back(p, d, x, side, b, rows)
+    d, sums = pull_back(p, d, x, side, b, rows)
     store_head(p, out["rows"], b, rows, n, d)
-    for name, sums in (("scale", d_scale), ("shift", d_shift)):
-        if name in out:
-            for columns, value in zip(p.cut, sums, strict=True):
-                store(out[name], b, n, block, part(*columns), value=value)
+    for name in sums.keys() & out.keys():
+        for columns, value in zip(p.cut, sums[name], strict=True):
+            store(out[name], b, n, block, part(*columns), value=value)
 
 
 def _load_rows(rows: Rows, b, n, t: Places):

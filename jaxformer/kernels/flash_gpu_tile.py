@@ -14,8 +14,9 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton
@@ -71,6 +72,34 @@ class Problem:
         return split(0, half) + split(half, half) if self.rotary else split(0, self.H)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SideRefs(Side):
+    """A `Side` of references to arrays."""
+
+    scale: Any = None
+    shift: Any = None
+    cos: Any = None
+    sin: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CaseRefs(Case):
+    """A `Case` of references to arrays: what a kernel is given."""
+
+    intervals: Any = None
+    bias: Any = None
+    slopes: Any = None
+
+    @classmethod
+    def of(cls, case: Case) -> "CaseRefs":
+        """The same, in the class that may hold references."""
+        q, k = (SideRefs(**vars(side)) for side in (case.q, case.k))
+        fields: dict[str, Any] = vars(case) | {"q": q, "k": k}
+        return cls(**fields)
+
+
 def width(size: int) -> int:
     """How wide `size` columns are held: a power of two, and tensor cores take 16 or more."""
     return max(16, 1 << (size - 1).bit_length())
@@ -105,7 +134,7 @@ def part(first: int, size: int) -> Places:
     return Places(at, None if width(size) == size else at < first + size)
 
 
-def load(ref, *index, other=0) -> Array:
+def load(ref, *index, other: int | float = 0) -> Array:
     """The tile of `ref` at numbers and `Places`; `other` where that is outside."""
     at, mask = _address(index)
     return triton.load(ref.at[at], mask=mask, other=None if mask is None else other)
@@ -205,20 +234,20 @@ def prepare(p: Problem, x: Parts, side: Side, b, rows: Places) -> Parts:
 
 
 def pull_back(p: Problem, d: Parts, x: Parts, side: Side, b, rows: Places):
-    """The gradients of rows, and of a norm's scale and shift, from that of `prepare(x)`."""
+    """The gradients of rows from that of `prepare(x)`; and the norm's, by name."""
     if side.cos is not None:
         cos, sin = _angles(p, side, b, rows)
         d = _turn(d, cos, [-a for a in sin])
     if side.scale is None:
-        return d, None, None
+        return d, {}
     x, inverse = _standard(p, [a.astype(jnp.float32) for a in x], side)
-    d_shift = [a.sum(0, keepdims=True) for a in d]
-    d_scale = [(a * y).sum(0, keepdims=True) for a, y in zip(d, x, strict=True)]
+    sums = {"shift": [a.sum(0, keepdims=True) for a in d]}
+    sums["scale"] = [(a * y).sum(0, keepdims=True) for a, y in zip(d, x, strict=True)]
     d = [a * w for a, w in zip(d, _weights(p, side.scale), strict=True)]
     along = _mean(p, [a * y for a, y in zip(d, x, strict=True)])
     level = _mean(p, d) if side.centered else 0.0
     d = [inverse * (a - y * along - level) for a, y in zip(d, x, strict=True)]
-    return d, d_scale, d_shift
+    return d, sums
 
 
 def _address(index) -> tuple[tuple, Array | None]:

@@ -1,36 +1,36 @@
 """Which tiles of a masked attention have anything to compute: lists that a kernel walks."""
 
-import dataclasses
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxformer.kernels.flash_gpu_tile import Problem
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Visits:
+class Visits(NamedTuple):
     """For each block of one side, the tiles of the other side.
 
     `order` `[1 or B, blocks, tiles]` int32: first the tiles of which all is seen, then
-    those of which some is, then the others. `count` `[1 or B, blocks, 2]` int32: how many
+    those of which some is, then the others. `counts` `[1 or B, blocks, 2]` int32: how many
     are wholly seen, and how many are seen at all.
     """
 
     order: Array
-    count: Array
+    counts: Array
 
     @classmethod
-    def of(cls, kind: Array) -> "Visits":
-        """From 0 (all seen), 1 (some), 2 (none) of each block and tile."""
+    def of(cls, kind: Array | None, *, swap: bool = False) -> "Visits | None":
+        """From what `kinds` says; with `swap` for each tile of keys, the blocks of queries."""
+        if kind is None:
+            return None
+        kind = kind.swapaxes(1, 2) if swap else kind
         tiles = kind.shape[-1]
         # The kind leads and the tile's number follows: one sort, of one array.
         keys = kind * tiles + jnp.arange(tiles, dtype=jnp.int32)[(None,) * 2]
         order = jnp.sort(keys, axis=-1) % tiles
-        count = jnp.stack([(kind < 1).sum(-1), (kind < 2).sum(-1)], -1)
-        return cls(order, count.astype(jnp.int32))
+        counts = jnp.stack([(kind < 1).sum(-1), (kind < 2).sum(-1)], -1)
+        return cls(order, counts.astype(jnp.int32))
 
 
 def clip(intervals: Array, S: int) -> Array:
@@ -63,7 +63,7 @@ def kinds(intervals: Array | None, p: Problem, bq: int, bk: int) -> Array | None
     return jnp.where(whole.any(1), 0, jnp.where(some.any(1), 1, 2)).astype(jnp.int32)
 
 
-def walk(step, carry, visits: Visits | None, b, block, whole: int, tiles: int, groups=1):
+def walk(step, carry, visits: Visits | None, b, block, whole, tiles, groups=1):
     """Takes `step(group, tile, masked, carry)` over what a block has to visit.
 
     Without a list these are all `tiles`, of which the first `whole` need no mask. Each of
@@ -71,8 +71,8 @@ def walk(step, carry, visits: Visits | None, b, block, whole: int, tiles: int, g
     with computing within a loop.
     """
     if visits is not None:
-        b = 0 if visits.count.shape[0] == 1 else b
-        whole, tiles = visits.count[b, block, 0], visits.count[b, block, 1]
+        b = 0 if visits.counts.shape[0] == 1 else b
+        whole, tiles = visits.counts[b, block, 0], visits.counts[b, block, 1]
 
     def loop(begin, end, masked, carry):
         def body(i, carry):
@@ -91,6 +91,6 @@ def walk(step, carry, visits: Visits | None, b, block, whole: int, tiles: int, g
 
 def walk_unseen(step, visits: Visits, b, block, tiles: int):
     """Takes `step(tile)` over what a block does not visit."""
-    b = 0 if visits.count.shape[0] == 1 else b
-    begin = visits.count[b, block, 1]
+    b = 0 if visits.counts.shape[0] == 1 else b
+    begin = visits.counts[b, block, 1]
     lax.fori_loop(begin, tiles, lambda i, _: step(visits.order[b, block, i]), None)

@@ -1,0 +1,304 @@
+"""The Triton kernels against dense softmax attention, and through Triton's lowering.
+
+What a tile has outside of its array is NaN where the kernels are interpreted, so that any
+such value that reached a result would show.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.kernels import flash_gpu, flash_gpu_backward
+from jaxformer.kernels.case import Case, Side
+from jaxformer.kernels.flash_gpu_tile import Problem, split, width
+from jaxformer.kernels.flash_gpu_visits import Visits, clip, kinds
+from jaxformer.kernels.tiles import Gpu
+
+# Little is computed here, so that compiling is what takes time.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
+
+
+def prepared(x, side: Side):
+    """Norm and rotation, as `Case` has them."""
+    x, wide = x.astype(jnp.float32), (None,) * 3
+    if side.scale is not None:
+        x -= x.mean(-1, keepdims=True) if side.centered else 0
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + side.epsilon)
+        x = x * side.scale[wide] + (0 if side.shift is None else side.shift[wide])
+    if side.cos is not None:
+        (a, b), cos, sin = jnp.split(x, 2, -1), side.cos[:, :, None], side.sin[:, :, None]
+        x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    return x
+
+
+def dense(q, k, v, case: Case):
+    """Attention with all of its logits, in float32, as `Case` describes it."""
+    (T, N), (S, K) = q.shape[1:3], k.shape[1:3]
+    q, k = prepared(q, case.q), jnp.repeat(prepared(k, case.k), N // K, 2)
+    y = jnp.einsum("BTNH,BSNH->BNTS", q, k) * case.scale
+    if case.softcap is not None:
+        y = case.softcap * jnp.tanh(y / case.softcap)
+    if case.bias is not None:
+        y += case.bias.astype(jnp.float32)
+    t, s = jnp.arange(T)[:, None], jnp.arange(S)[None]
+    if case.slopes is not None:
+        y -= case.slopes[None, :, None, None] * jnp.abs(t + case.offset - s)[None, None]
+    if case.intervals is not None:
+        ends = case.intervals[..., None]
+        pairs = zip(ends.swapaxes(0, 1)[::2], ends.swapaxes(0, 1)[1::2], strict=True)
+        seen = sum((a <= s[None]) & (s[None] < z) for a, z in pairs) > 0
+        y = jnp.where(seen[:, None], y, -jnp.inf)
+    top = y.max(-1, keepdims=True)
+    weights = jnp.exp(y - jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top)))
+    total = weights.sum(-1, keepdims=True)
+    some = total > 0
+    weights /= jnp.where(some, total, 1)
+    values = jnp.repeat(v.astype(jnp.float32), N // K, 2)
+    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jax.lax.stop_gradient(top), 0)
+    out = jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+    return out, jnp.where(some, lse, -jnp.inf)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    dtype: str = "float32"
+
+    def arrays(self):
+        """q, k, v and the gradients by out and by lse."""
+        B, T, S, N, K, H = dataclasses.astuple(self)[:6]
+        shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
+        arrays = [draw(i, *shape).astype(self.dtype) for i, shape in enumerate(shapes)]
+        return *arrays, draw(4, B, N, T)
+
+
+def draw(seed: int, *shape: int):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def side(seed: int, T: int, H: int, norm: bool, shift=False, rotary=False, centered=False):
+    angles = draw(seed, 1, T, H // 2)
+    return Side(
+        1 + 0.3 * draw(seed + 1, H) if norm else None,
+        draw(seed + 2, H) if shift else None,
+        jnp.cos(angles) if rotary else None,
+        jnp.sin(angles) if rotary else None,
+        centered,
+        1e-3,
+    )
+
+
+def window(T: int, left: int, right: int):
+    t = jnp.arange(T)
+    return jnp.stack([t - left, t + right])[None]
+
+
+def spans(T: int, S: int):
+    """Two intervals a row that overlap, touch, are empty, reversed, or outside."""
+    draws = np.random.default_rng(0).integers(-9, S + 9, (2, 4, T))
+    draws[:, :, : T // 3] = np.array([0, 20, S - 4, S + 30])[None, :, None]
+    draws[1, :, T // 2 :] = 5  # Rows without keys.
+    return jnp.asarray(draws, jnp.int32)
+
+
+CASES = {
+    "one": (Sizes(1, 1, 1, 1, 1, 1), Case()),
+    "one query": (Sizes(2, 1, 40, 2, 1, 16), Case(scale=0.3)),
+    "cross, grouped": (Sizes(2, 37, 50, 4, 2, 72), Case(scale=0.1)),
+    "even": (Sizes(1, 32, 32, 1, 1, 40), Case(scale=0.2, softcap=0.5)),
+    "window": (
+        Sizes(2, 45, 45, 2, 2, 24),
+        Case(intervals=window(45, 19, 1), slopes=jnp.array([0.1, 0.3]), offset=3, scale=0.3),
+    ),
+    "two spans": (
+        Sizes(2, 50, 70, 2, 1, 16),
+        Case(intervals=spans(50, 70), bias=draw(9, 1, 2, 50, 70), scale=0.3),
+    ),
+    "bias of batches": (
+        Sizes(2, 20, 33, 2, 2, 8),
+        Case(bias=draw(8, 2, 1, 20, 33).at[:, :, :, 3].set(-jnp.inf), scale=0.3, softcap=2.0),
+    ),
+    "norm": (
+        Sizes(1, 20, 35, 2, 1, 80),
+        Case(side(0, 20, 80, True), side(9, 35, 80, True, True, centered=True), scale=0.1),
+    ),
+    "rotary of keys": (
+        Sizes(2, 20, 35, 1, 1, 36),
+        Case(k=side(9, 35, 36, False, rotary=True), scale=0.2),
+    ),
+    "all": (
+        Sizes(2, 35, 50, 4, 2, 20),
+        Case(
+            side(0, 35, 20, True, True, True, True),
+            side(5, 50, 20, True, False, True),
+            spans(35, 50)[1:],
+            draw(7, 2, 4, 35, 50),
+            jnp.array([0.1, 0.2, 0.3, 0.4]),
+            -4,
+            0.3,
+            3.0,
+        ),
+    ),
+    # With the tiles that a GPU would have.
+    "197": (Sizes(1, 197, 197, 2, 1, 64, "bfloat16"), Case(scale=0.125)),
+    "1025": (
+        Sizes(1, 130, 1025, 1, 1, 16, "float16"),
+        Case(intervals=window(130, 20, 900), scale=0.25),
+    ),
+    "256": (Sizes(1, 70, 33, 1, 1, 256), Case(scale=1 / 16)),
+}
+
+
+def same(actual, expected, dtype: str, what: str):
+    """Within the rounding of `dtype`, measured by the largest entry."""
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    finite = np.isfinite(expected)
+    size = np.abs(expected[finite]).max(initial=1e-3)
+    close = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype] * size
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=close, err_msg=what)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles of 16 by 16: a few tokens are many tiles."""
+    for module in (flash_gpu, flash_gpu_backward):
+        monkeypatch.setattr(module, "gpu", lambda *args, **names: Gpu(16, 16, 1, 1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense(name, request):
+    sizes, case = CASES[name]
+    if sizes.dtype == "float32" and name != "256":
+        request.getfixturevalue("small")
+    q, k, v, d_out, d_lse = sizes.arrays()
+
+    @jit
+    def kernel(q, k, v, case, d_out, d_lse):
+        out, lse = flash_gpu.forward(q, k, v, case, interpret=True)
+        back = flash_gpu.backward(q, k, v, case, out, lse, d_out, d_lse, interpret=True)
+        return out, lse, back
+
+    @jit
+    def reference(q, k, v, case, d_out, d_lse):
+        intervals, case = case.intervals, dataclasses.replace(case, intervals=None)
+
+        def f(q, k, v, case):
+            case = dataclasses.replace(case, intervals=intervals)
+            out, lse = dense(q, k, v, case)
+            loss = (out * d_out.astype(jnp.float32)).sum()
+            loss += (jnp.where(lse == -jnp.inf, 0, lse) * d_lse).sum()
+            return loss, (out, lse)
+
+        return jax.grad(f, (0, 1, 2, 3), has_aux=True)(q, k, v, case)
+
+    out, lse, back = kernel(q, k, v, case, d_out, d_lse)
+    (d_q, d_k, d_v, d_case), (whole, sums) = reference(q, k, v, case, d_out, d_lse)
+    assert out.dtype == q.dtype
+    same(out, whole, sizes.dtype, "out")
+    same(lse, sums, sizes.dtype, "lse")
+    expected = {"q": d_q, "k": d_k, "v": d_v, "bias": d_case.bias}
+    for side_name in ("q", "k"):
+        for weight in ("scale", "shift"):
+            expected[f"{side_name}_{weight}"] = getattr(getattr(d_case, side_name), weight)
+    for what, value in expected.items():
+        if value is None:
+            assert getattr(back, what) is None, what
+        else:
+            assert getattr(back, what).dtype == value.dtype, what
+            same(getattr(back, what), value, sizes.dtype, what)
+
+
+def test_rows_without_keys_are_zero_whatever_their_gradient(small):
+    intervals = jnp.zeros((1, 2, 20), jnp.int32).at[:, 1, :10].set(20)
+    q, k, v, d_out, _ = Sizes(1, 20, 20, 1, 1, 16).arrays()
+    case = Case(intervals=intervals, scale=0.25)
+    out, lse = jit(functools.partial(flash_gpu.forward, interpret=True))(q, k, v, case)
+    assert not out[:, 10:].any() and (lse[..., 10:] == -jnp.inf).all()
+    d_lse = jnp.where(lse == -jnp.inf, jnp.nan, 1.0)
+    f = jit(functools.partial(flash_gpu.backward, interpret=True))
+    back = f(q, k, v, case, out, lse, d_out, d_lse)
+    assert not back.q[:, 10:].any() and back.q[:, :10].all()
+    assert jnp.isfinite(back.k).all() and jnp.isfinite(back.v).all()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def traced_lists(intervals, S, bq, bk):
+    p = Problem(1, intervals.shape[2], S, 1, 1, 16, False, False, jnp.dtype("float32"))
+    kind = kinds(clip(intervals, S), p, bq, bk)
+    return clip(intervals, S), kind, Visits.of(kind)
+
+
+def lists(intervals, S, bq, bk):
+    """The clipped intervals, the kinds of tiles and the lists, in numpy."""
+    return jax.tree.map(np.asarray, traced_lists(intervals, S, bq, bk))
+
+
+@pytest.mark.parametrize("T, S", [(50, 70), (48, 64), (5, 7)])
+def test_lists_hold_what_is_seen(T, S):
+    intervals, kind, visits = lists(spans(T, S), S, 16, 8)
+    a, b, c, d = intervals[..., None].swapaxes(0, 1)
+    s = np.arange(kind.shape[-1] * 8)
+    seen = ((a <= s) & (s < b)) | ((c <= s) & (s < d))
+    rows = np.pad(seen, ((0, 0), (0, -T % 16), (0, 0)), mode="edge")
+    seen = rows.reshape(2, -1, 16, kind.shape[-1], 8)
+    assert seen.all((2, 4))[kind == 0].all() and (kind == 0).any() == (T > 5)
+    assert not seen.any((2, 4))[kind == 2].any() and (kind == 2).any() == (T > 5)
+    ordered = np.take_along_axis(kind, visits.order, -1)
+    assert (np.diff(ordered, axis=-1) >= 0).all()
+    np.testing.assert_array_equal(visits.counts[..., 1], (kind < 2).sum(-1))
+
+
+def test_a_wide_mask_visits_few_tiles():
+    _, (kind,), _ = lists(window(1024, 63, 1), 1024, 64, 64)
+    np.testing.assert_array_equal(np.argwhere(kind < 2)[:4], [[0, 0], [1, 0], [1, 1], [2, 1]])
+    assert (kind < 2).sum() == 31
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 36, 64, 72, 80, 96, 104, 128, 200, 256])
+def test_parts_cover_a_head_once(size):
+    parts = split(0, size)
+    assert [c for first, n in parts for c in range(first, first + n)] == list(range(size))
+    assert size <= sum(width(n) for _, n in parts) <= max(32, size * 1.34)
+
+
+def test_refuses_what_it_cannot_do():
+    for dtype, H, reason in [("int8", 16, "int8"), ("bfloat16", 257, "257")]:
+        q = jnp.zeros((1, 4, 1, H), dtype)
+        with pytest.raises(NotImplementedError, match=reason):
+            flash_gpu.forward(q, q, q, Case())
+    with pytest.raises(NotImplementedError, match="one dtype"):
+        flash_gpu.forward(q[..., :16], q[..., :16].astype("float32"), q[..., :16], Case())
+
+
+TRITON = "__gpu$xla.gpu.triton"
+LOWERED = {
+    "64": (Sizes(1, 300, 300, 2, 1, 64, "bfloat16"), Case(intervals=window(300, 300, 1))),
+    "72": (Sizes(1, 256, 256, 2, 2, 72, "bfloat16"), Case()),
+    "128": (Sizes(1, 257, 300, 2, 2, 128, "bfloat16"), Case(softcap=3.0)),
+    "256": (Sizes(1, 256, 256, 1, 1, 256, "bfloat16"), Case()),
+    "float32": (Sizes(1, 256, 256, 1, 1, 96), Case()),
+    "all": (dataclasses.replace(CASES["all"][0], dtype="bfloat16"), CASES["all"][1]),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda(name):
+    sizes, case = LOWERED[name]
+
+    def f(q, k, v, d_out, d_lse):
+        out, lse = flash_gpu.forward(q, k, v, case)
+        return flash_gpu.backward(q, k, v, case, out, lse, d_out, d_lse)
+
+    check = jax.export.DisabledSafetyCheck.custom_call(TRITON)
+    export = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=[check])
+    assert export(*sizes.arrays()).mlir_module().count(TRITON) == 3

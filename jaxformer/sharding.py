@@ -123,19 +123,29 @@ def partitioned(init: nn.initializers.Initializer, letters: str) -> Callable[...
 
 def constrain(x: Array, letters: str) -> Array:
     """Places an activation by the rules in force (`use`); outside of them does nothing."""
+    where = place(x.shape, letters)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
+
+
+def place(shape: Sequence[int], letters: str) -> PartitionSpec | None:
+    """Where an activation lies by the rules in force; None outside of them.
+
+    Raises:
+      InputError: a dimension does not divide over its mesh axes.
+    """
     rules = nn.get_logical_axis_rules()
     if not rules:
-        return x
-    place = spec(map(ACTIVATIONS.get, letters), rules)
+        return None
+    found = spec(map(ACTIVATIONS.get, letters), rules)
     mesh = jax.sharding.get_abstract_mesh()
-    for letter, size, where in zip(letters, x.shape, place, strict=True):
+    for letter, size, where in zip(letters, shape, found, strict=True):
         if size % ways(mesh, where):
             raise InputError(
-                f"an activation {letters} {x.shape}: {letter} of size {size} does not divide "
-                f"over {'*'.join(_names(where))}={ways(mesh, where)}; choose another mesh, or "
-                f"keep the axis whole with replicate={ACTIVATIONS[letter]}"
+                f"an activation {letters} {tuple(shape)}: {letter} of size {size} does not "
+                f"divide over {'*'.join(_names(where))}={ways(mesh, where)}; choose another "
+                f"mesh, or keep the axis whole with replicate={ACTIVATIONS[letter]}"
             )
-    return jax.lax.with_sharding_constraint(x, place)
+    return found
 
 
 class use:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from jaxformer.layers.einsum import Einsum
 from jaxformer.ops.attention import attend, max_logit
 from jaxformer.ops.mask import Mask
-from jaxformer.ops.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -51,13 +50,15 @@ class Attention(nn.Module):
         q = project("query", "BTD,DNH->BTNH", N=N, H=H)(x)
         k = project("key", "BTD,DKH->BTKH", K=K, H=H)(context)
         v = project("value", "BTD,DKH->BTKH", K=K, H=H)(context)
+        norm = None
         if self.qk_norm is not None:
-            q = self.qk_norm(letters="H", name="query_norm")(q)
-            k = self.qk_norm(letters="H", name="key_norm")(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q_norm = self.qk_norm(letters="H", name="query_norm").weights(H)
+            k_norm = self.qk_norm(letters="H", name="key_norm").weights(H)
+            norm = (q_norm, k_norm)
+        # Both are attention's to apply: a kernel does so on the way.
+        before = {"norm": norm, "angles": angles}
         if self.is_mutable_collection("stats") and not self.is_initializing():
-            self.sow("stats", "max_logit", max_logit(q, k, mask=mask))
+            self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **before))
 
-        y = attend(q, k, v, mask=mask)
+        y = attend(q, k, v, mask=mask, **before)
         return project("out", "BTNH,NHD->BTD", D=D)(y)

@@ -1,10 +1,9 @@
 """Normalisation of the last axis, always in float32."""
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxformer.ops.norm import Norm
 from jaxformer.sharding import partitioned
 
 
@@ -15,15 +14,17 @@ class LayerNorm(nn.Module):
     letters: str = "D"  # of the axis that is normalised.
 
     @nn.compact
+    def weights(self, size: int) -> Norm:
+        """The norm of an axis of `size` as data, for who applies it elsewhere."""
+        ones, zeros = (
+            partitioned(init, self.letters)
+            for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale, bias = self.param("scale", ones, (size,)), self.param("bias", zeros, (size,))
+        return Norm(scale, bias, self.epsilon, centered=True)
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        shape = x.shape[-1:]
-        scale = self.param("scale", partitioned(nn.initializers.ones, self.letters), shape)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, self.letters), shape)
-        y = x.astype(jnp.float32)
-        y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        lead = (None,) * (x.ndim - 1)
-        return (y * scale[lead] + bias[lead]).astype(x.dtype)
+        return self.weights(x.shape[-1])(x)
 
 
 class RMSNorm(nn.Module):
@@ -33,10 +34,10 @@ class RMSNorm(nn.Module):
     letters: str = "D"
 
     @nn.compact
+    def weights(self, size: int) -> Norm:
+        """The norm of an axis of `size` as data, for who applies it elsewhere."""
+        ones = partitioned(nn.initializers.ones, self.letters)
+        return Norm(self.param("scale", ones, (size,)), None, self.epsilon)
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param(
-            "scale", partitioned(nn.initializers.ones, self.letters), x.shape[-1:]
-        )
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * scale[(None,) * (x.ndim - 1)]).astype(x.dtype)
+        return self.weights(x.shape[-1])(x)

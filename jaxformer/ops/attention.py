@@ -1,19 +1,23 @@
-"""`attend`: softmax attention, its specification and the choice of who computes it."""
+"""`attend`: softmax attention, its meaning, and the choice of who computes it."""
 
-import functools
-import math
-from typing import Literal
+import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxformer.ops.mask import Full, Mask
+from jaxformer.kernels.case import Case, Side
+from jaxformer.ops import check, choose, dense, padding
+from jaxformer.ops.alibi import Alibi
+from jaxformer.ops.choose import How, Impl, Problem
+from jaxformer.ops.mask import Causal, Full, Mask
+from jaxformer.ops.norm import Norm
+from jaxformer.ops.spread import spread
 
-Impl = Literal["auto", "reference", "chunked"]
-
-# Above so many logits a head, "auto" leaves the path that holds them all at once.
-DENSE_LOGITS = 1024 * 1024
+Norms = tuple[Norm | None, Norm | None]
+Angles = Float[Array, "#B T h"] | tuple[Float[Array, "#B T h"], Float[Array, "#B S h"]]
 
 
 def attend(
@@ -24,13 +28,18 @@ def attend(
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: Float[Array, "#B #N T S"] | None = None,
+    bias: Float[Array, "#B #N T S"] | Alibi | None = None,
+    norm: Norms | None = None,
+    angles: Angles | None = None,
     impl: Impl = "auto",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped keys: `softmax(q k / sqrt(H) + bias) v`.
 
     The softmax runs in float32, products in the dtype of `q`. A query that the mask
-    leaves without keys gives 0, with gradient 0.
+    leaves without keys gives 0, with gradient 0; what lies in padding, NaN included, is
+    never looked at where the mask tells what is padding (`Mask.pads`). It can be
+    differentiated in reverse, forward and again. Under the rules of `sharding.use` each
+    device computes its batch, heads and queries.
 
     Args:
       q: queries. `N` is a multiple of `K`; queries `n` share key head `n // (N // K)`.
@@ -39,125 +48,182 @@ def attend(
       mask: which keys a query sees, see `jaxformer.ops.mask`; None is all of them.
       scale: factor of the products, `H ** -0.5` if not given.
       softcap: bounds logits smoothly to +- softcap: `softcap * tanh(logits / softcap)`.
-      bias: added to the logits after scale and cap.
-      impl: "reference" holds all `T * S` logits; "chunked" holds a few rows of them at
-        a time, forward and backward; "auto" chooses by `T * S`.
+      bias: added to the logits after scale and cap; or ALiBi, whose slopes are constants.
+      norm: applied to queries and keys before all else, a kernel does it on the way.
+      angles: by which both are rotated after that, see `jaxformer.ops.rotary`; a pair
+        where keys have others than queries. They are constants: they get no gradient.
+      impl: "auto" is a kernel on a TPU or NVIDIA GPU that is compiled for, and XLA
+        elsewhere; see `explain`. "reference" holds all `T * S` logits, "chunked" a few
+        rows of them, forward and backward; both are XLA. "tpu", "gpu" are the kernels,
+        interpreted (slowly) on other platforms, and "cudnn" is cuDNN.
 
     Raises:
       ValueError: shapes that do not agree, or an unknown `impl`.
+      NotImplementedError: a named `impl` cannot do this.
     """
-    mask = Full() if mask is None else mask
-    _check(q, k, v, mask, bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    T, S = q.shape[1], k.shape[1]
-    if impl == "auto":
-        impl = "reference" if T * S <= DENSE_LOGITS else "chunked"
-    attend = {"reference": reference, "chunked": chunked}.get(impl)
-    if attend is None:
-        raise ValueError(f"impl={impl!r} must be one of auto, reference, chunked")
-    return attend(q, k, v, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    return _attend(q, k, v, norm=norm, angles=angles, impl=impl, lse=False, **options)[0]
 
 
-def reference(q, k, v, *, mask, scale, softcap, bias):
-    """The specification: every logit at once."""
-    T = q.shape[1]
-    return _rows(q, jnp.arange(T), k, v, bias, mask, T, scale, softcap)
+def attend_lse(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "#B #N T S"] | Alibi | None = None,
+    norm: Norms | None = None,
+    angles: Angles | None = None,
+    impl: Impl = "auto",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`attend`, and the log of the sum of the exponentials of each row's logits.
+
+    With it, attention to two parts of the keys becomes attention to both: with `out` and
+    `lse` of each and `both = logaddexp(lse_a, lse_b)`, it is
+    `exp(lse_a - both) * out_a + exp(lse_b - both) * out_b` (weights `[B, N, T]` laid along
+    `[B, T, N, 1]`). A row without keys has `lse = -inf`. It is float32 and differentiable.
+    """
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    return _attend(q, k, v, norm=norm, angles=angles, impl=impl, lse=True, **options)
 
 
-def chunked(q, k, v, *, mask, scale, softcap, bias, logits=DENSE_LOGITS // 4):
-    """The same, some rows at a time: at most about `logits` logits a head are alive."""
-    B, T, N, H = q.shape
-    rows = min(T, max(1, logits // k.shape[1]))
-    chunks = math.ceil(T / rows)
-    spare = chunks * rows - T
-    q = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0)))
-    q = q.reshape(B, chunks, rows, N, H).swapaxes(0, 1)
-    index = jnp.arange(chunks * rows).reshape(chunks, rows)
-    if bias is not None:
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, spare), (0, 0)))
-        bias = jnp.moveaxis(bias.reshape(*bias.shape[:2], chunks, rows, -1), 2, 0)
+def explain(
+    q: Sequence[int],
+    k: Sequence[int],
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    platform: str = "tpu",
+    impl: Impl = "auto",
+    **options,
+) -> str:
+    """Says who would compute an attention on a platform, and why not the others.
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk(_, inputs):
-        q, index, bias = inputs
-        return _, _rows(q, index, k, v, bias, mask, T, scale, softcap)
+    `explain((8, 197, 12, 64), (8, 197, 12, 64), platform="cuda")`; on one device.
 
-    _, out = jax.lax.scan(chunk, None, (q, index, bias))
-    return out.swapaxes(0, 1).reshape(B, chunks * rows, N, H)[:, :T]
+    Args:
+      q: the shape of the queries, `B T N H`.
+      k: the shape of the keys, `B S K H`.
+      dtype: of all three.
+      platform: "tpu", "cuda" or "cpu".
+      impl: as for `attend`.
+      **options: as for `attend`, from `mask` to `angles`.
+    """
+    choices = {}
+
+    def both(q, k, v):
+        problem, _ = _problem(q, k, v, impl=impl, lse=False, **options)
+        if impl in choose.XLA:
+            choices["forward"] = choices["backward"] = choose.Choice(impl, {})
+            return
+        (out, lse), choices["forward"] = choose.forward(problem, platform)
+        _, choices["backward"] = choose.backward(problem, out, lse, out, None, platform)
+
+    x = (jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in (q, k, k))
+    jax.eval_shape(both, *x)
+    return "\n".join(f"{name}: {choice}" for name, choice in choices.items())
 
 
-def max_logit(q, k, *, mask: Mask | None = None, scale=None) -> Float[Array, " N"]:
+def max_logit(
+    q, k, *, mask: Mask | None = None, scale=None, norm=None, angles=None
+) -> Float[Array, " N"]:
     """The greatest logit of each query head over batch, queries and the keys they see.
 
-    What QK-clip looks at (Kimi K2, arXiv 2507.20534). Shapes as for `attend`.
+    What QK-clip looks at (Kimi K2, arXiv 2507.20534). Shapes and options as for `attend`.
     """
     mask = Full() if mask is None else mask
-    T, N = q.shape[1], q.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check.shapes(q, k, k, mask, None, norm, angles)
+    (_, T, N, H), S = q.shape, k.shape[1]
+    case = Case(*_sides(norm, angles), scale=_scale(scale, H))
+    q, k = (jax.lax.stop_gradient(x) for x in (q, k))
+    q, k = dense.prepare(case.q, q), dense.prepare(case.k, k)
 
     def row(q_row):
         q_row, index = q_row
-        logits = _logits(q_row[:, None], k, scale, None)
-        seen = mask.visible(index[None], jnp.arange(k.shape[1]), (T, k.shape[1]))
+        logits = dense.products(q_row[:, None], k, case)
+        seen = mask.visible(index[None], jnp.arange(S), (T, S))
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         return logits.max((0, 3, 4)).reshape(N)
 
-    rows = (jax.lax.stop_gradient(q).swapaxes(0, 1), jnp.arange(T))
-    k = jax.lax.stop_gradient(k)
+    rows = (q.swapaxes(0, 1), jnp.arange(T))
     return jax.lax.map(row, rows, batch_size=min(T, 128)).max(0)
 
 
-def _logits(q, k, scale, softcap):
-    """Scaled and capped products in float32: `B T N H`, `B S K H` -> `B K G T S`.
-
-    Heads lead and the `G` queries of a key head lie below one another, so that it is one
-    batched product of plain matrices, which a CPU does twice as fast as the einsum.
-    """
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    q = (q * scale).swapaxes(1, 2).reshape(B, K, N // K * T, H)
-    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
-    logits = logits.reshape(B, K, N // K, T, S)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _rows(q, index, k, v, bias, mask, T, scale, softcap):
-    """Attention of the queries `q`, which stand at `index` among all `T`."""
-    (B, t, N, H), (_, S, K, _) = q.shape, k.shape
-    logits = _logits(q, k, scale, softcap)
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (bias.shape[0], N, *bias.shape[2:]))
-        logits += bias.reshape(-1, K, N // K, t, S)
-    seen = None
-    if not isinstance(mask, Full):
-        seen = mask.visible(index, jnp.arange(S), (T, S))[:, None, None]
-        logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0)
-    total = weights.sum(-1, keepdims=True)
-    total = jnp.where(total > 0, total, 1)  # A row that sees nothing is 0.
-    # Divided after the product, where there are H numbers a row and not S.
-    weights = weights.astype(v.dtype).reshape(B, K, N // K * t, S)
-    y = jnp.matmul(weights, v.swapaxes(1, 2), preferred_element_type=jnp.float32)
-    y = y.reshape(B, K, N // K, t, H) / total
-    return y.reshape(B, N, t, H).swapaxes(1, 2).astype(v.dtype)
+def _attend(q, k, v, *, impl, lse, **options):
+    problem, shown = _problem(q, k, v, impl=impl, lse=lse, **options)
+    p = problem
+    if impl in choose.XLA:  # Plain XLA: JAX differentiates it, and cuts it over a mesh.
+        out, lse = choose.XLA[impl].forward(p.q, p.k, p.v, p.case, p.mask)
+    else:
+        out, lse = spread(p.q, p.k, p.v, p.case, p.mask, p.how)
+    if shown is not None:  # Nor does a gradient come in through padding.
+        rows = shown[0]
+        out = jnp.where(rows[:, :, None, None], out, 0)
+        lse = jnp.where(rows[:, None], lse, -jnp.inf)
+    return out, lse
 
 
-def _check(q, k, v, mask, bias):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {x.shape} and must be [B, T, heads, H]")
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    if k.shape != v.shape:
-        raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
-    if k.shape[0] != B or k.shape[3] != H:
-        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head size")
-    if N % K:
-        raise ValueError(f"q has {N} heads, which must be a multiple of the {K} of k")
-    if bias is not None:
-        whole = (B, N, T, S)
-        if bias.ndim != 4 or any(
-            a not in (1, b) for a, b in zip(bias.shape, whole, strict=True)
-        ):
-            raise ValueError(f"bias has shape {bias.shape} and must broadcast to {whole}")
-    mask.check(T, S)
+def _problem(q, k, v, *, mask, scale, softcap, bias, norm, angles, impl, lse):
+    """What is asked for, with padding made 0, and who is no padding, if one can tell."""
+    mask = Full() if mask is None else mask
+    check.shapes(q, k, v, mask, bias, norm, angles)
+    if impl not in choose.IMPLS:
+        raise ValueError(f"impl={impl!r} must be one of {', '.join(choose.IMPLS)}")
+    (_, T, _, H), S = q.shape, k.shape[1]
+    plain = isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0
+    intervals, why_not = None, None
+    if impl != "reference":
+        try:
+            intervals = mask.intervals(T, S)
+            kept = None
+        except NotImplementedError as error:
+            kept, why_not = mask, str(error)
+    else:
+        kept = None if isinstance(mask, Full) else mask
+    if intervals is not None:
+        check.rows("mask", intervals.shape, q)
+    shown = None
+    if mask.pads:
+        shown = padding.shown(kept, intervals, T, S)
+        q, k, v = padding.blank(q, k, v, *shown)
+    slopes = None
+    if isinstance(bias, Alibi):
+        slopes = jax.lax.stop_gradient(jnp.asarray(bias.slopes, jnp.float32))
+    case = Case(
+        *_sides(norm, angles),
+        intervals=intervals,
+        bias=None if slopes is not None else bias,
+        slopes=slopes,
+        offset=bias.offset if isinstance(bias, Alibi) else 0,
+        scale=_scale(scale, H),
+        softcap=softcap,
+    )
+    how = How(impl, causal=plain, lse=lse, why_not=why_not)
+    return Problem(q, k, v, case, kept, how), shown
+
+
+def _scale(scale, H: int) -> float:
+    if scale is None:
+        return H**-0.5
+    if not isinstance(scale, numbers.Real):
+        raise ValueError(f"scale must be a number, got {scale!r}; multiply q by an array")
+    return float(scale)
+
+
+def _sides(norm, angles) -> tuple[Side, Side]:
+    angles = angles if isinstance(angles, tuple) else (angles, angles)
+    pairs = zip(norm or (None, None), angles, strict=True)
+    return tuple(_side(n, a) for n, a in pairs)
+
+
+def _side(norm: Norm | None, angles) -> Side:
+    weights = {}
+    if norm is not None:
+        bias = None if norm.bias is None else jnp.asarray(norm.bias, jnp.float32)
+        weights = {"scale": jnp.asarray(norm.scale, jnp.float32), "shift": bias}
+        weights |= {"centered": norm.centered, "epsilon": norm.epsilon}
+    if angles is None:
+        return Side(**weights)
+    angles = jax.lax.stop_gradient(jnp.asarray(angles, jnp.float32))
+    return Side(cos=jnp.cos(angles), sin=jnp.sin(angles), **weights)

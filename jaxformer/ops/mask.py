@@ -4,13 +4,20 @@ A mask says which keys a query may see. `Causal() & Segments(ids)` packs documen
 row; `Causal() | Prefix(length)` is a prefix language model; `Causal() | Spans(a, b)` is
 causal text around images that see themselves whole. Arrays inside a mask are data: a new
 length does not compile anew.
+
+A mask has two faces: `visible`, which is what it means, and `intervals`, the same as at
+most two ranges of keys for each query, which is what a kernel reads.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
+
+from jaxformer.ops import intervals as sets
 
 
 class Mask(struct.PyTreeNode):
@@ -33,6 +40,30 @@ class Mask(struct.PyTreeNode):
         self.check(T, S)
         return self.visible(jnp.arange(T), jnp.arange(S), (T, S))
 
+    def intervals(self, T: int, S: int) -> Int[Array, "#B n T"] | None:
+        """The keys each of `T` queries sees, as ranges; None where it sees all `S`.
+
+        Query `t` of row `b` sees key `s` where `i[b, 0, t] <= s < i[b, 1, t]`, or the
+        same with rows 2 and 3 where `n` is 4.
+
+        Raises:
+          NotImplementedError: some queries need more than two ranges.
+        """
+        self.check(T, S)
+        found = self.ranges(jnp.arange(T, dtype=jnp.int32), S)
+        if any(sets.is_all(one, S) for one in found):
+            return None
+        return sets.stack(found, T)
+
+    def ranges(self, q: Int[Array, " T"], S: int) -> list[sets.Interval]:
+        """`intervals` before they are stacked; `q` is all queries in order."""
+        raise NotImplementedError(f"{type(self).__name__} has no intervals")
+
+    @property
+    def pads(self) -> bool:
+        """True where tokens may be padding: a query that sees nothing, an unseen key."""
+        return False
+
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the mask was made for other lengths."""
 
@@ -49,6 +80,9 @@ class Full(Mask):
     def visible(self, q, k, lengths):
         return jnp.ones((1, q.size, k.size), bool)
 
+    def ranges(self, q, S):
+        return [(0, S)]
+
 
 class Causal(Mask):
     """Query `i` sees keys up to `i + offset`; `offset` is how many keys stand before."""
@@ -57,6 +91,9 @@ class Causal(Mask):
 
     def visible(self, q, k, lengths):
         return (k[None, :] <= q[:, None] + self.offset)[None]
+
+    def ranges(self, q, S):
+        return [(0, q + self.offset + 1)]
 
 
 class Window(Mask):
@@ -75,6 +112,11 @@ class Window(Mask):
             seen &= distance <= self.right
         return seen[None]
 
+    def ranges(self, q, S):
+        q = q + self.offset
+        start = 0 if self.left is None else q - self.left
+        return [(start, S if self.right is None else q + self.right + 1)]
+
 
 class Prefix(Mask):
     """Every query sees the first `length` keys: one number, or one for each row."""
@@ -86,11 +128,20 @@ class Prefix(Mask):
         seen = k[None, None, :] < length
         return jnp.broadcast_to(seen, (len(length), q.size, k.size))
 
+    def ranges(self, q, S):
+        length = jnp.reshape(jnp.asarray(self.length, jnp.int32), (-1, 1))
+        return [(0, jnp.broadcast_to(length, (len(length), q.size)))]
+
+    @property
+    def pads(self):
+        return True
+
 
 class Segments(Mask):
     """Tokens see their own segment. Id 0 is padding, which neither sees nor is seen.
 
-    Shapes: `q_ids` `[B, T]`, `k_ids` `[B, S]`; without `k_ids` keys are the queries.
+    The tokens of a segment stand side by side; padding may stand anywhere. Ids that are
+    at hand, and not traced, are checked for it. Shapes: `q_ids` `[B, T]`, `k_ids` `[B, S]`; without `k_ids` keys are the queries.
     """
 
     q_ids: Int[Array, "B T"]
@@ -101,6 +152,15 @@ class Segments(Mask):
         a, b = self.q_ids[:, q, None], k_ids[:, None, k]
         return (a == b) & (a != 0)
 
+    def ranges(self, q, S):
+        alone = self.k_ids is None
+        start, stop = sets.runs(self.q_ids) if alone else sets.lookup(self.q_ids, self.k_ids)
+        return [(start, jnp.where(self.q_ids == 0, start, stop))]
+
+    @property
+    def pads(self):
+        return True
+
     def check(self, T, S):
         k_ids = self.q_ids if self.k_ids is None else self.k_ids
         for name, ids, length in (("q_ids", self.q_ids, T), ("k_ids", k_ids, S)):
@@ -108,6 +168,11 @@ class Segments(Mask):
                 raise ValueError(
                     f"Segments.{name} has shape {ids.shape} and must have {length} "
                     "columns, one for each token"
+                )
+            if not isinstance(ids, jax.core.Tracer) and not sets.side_by_side(np.asarray(ids)):
+                raise ValueError(
+                    f"Segments.{name} {ids.shape} has an id in two places; the tokens of a "
+                    "segment must stand side by side"
                 )
 
 
@@ -130,6 +195,17 @@ class Spans(Mask):
         both = inside(q)[:, :, :, None] & inside(k)[:, :, None, :]
         return both.any(axis=1)
 
+    def ranges(self, q, S):
+        start, stop = (jnp.asarray(x, jnp.int32)[..., None] for x in (self.start, self.stop))
+        inside = (q[None, None] >= start) & (q[None, None] < stop)
+        # All spans that hold a query hold that point: together they are one range.
+        first = jnp.where(inside, start, jnp.iinfo(jnp.int32).max).min(1)
+        return [(first, jnp.where(inside, stop, 0).max(1))]
+
+    @property
+    def pads(self):
+        return True
+
 
 class BlockDiffusion(Mask):
     """The two-stream mask of block diffusion: [noisy, clean] halves of one sequence.
@@ -150,6 +226,13 @@ class BlockDiffusion(Mask):
         clean_clean = q_clean & k_clean & (k_block <= q_block)
         return (noisy_noisy | noisy_clean | clean_clean)[None]
 
+    def ranges(self, q, S):
+        half = S // 2
+        noisy, begin = q < half, q % half // self.size * self.size
+        end = jnp.minimum(begin + self.size, half)
+        own = (jnp.where(noisy, begin, 0), jnp.where(noisy, end, 0))
+        return [own, (half, half + jnp.where(noisy, begin, end))]
+
     def check(self, T, S):
         if T != S or T % 2:
             raise ValueError(
@@ -166,6 +249,13 @@ class And(Mask):
     def visible(self, q, k, lengths):
         return self.a.visible(q, k, lengths) & self.b.visible(q, k, lengths)
 
+    def ranges(self, q, S):
+        return _at_most_two(sets.both(self.a.ranges(q, S), self.b.ranges(q, S), S), self)
+
+    @property
+    def pads(self):
+        return self.a.pads or self.b.pads
+
     def check(self, T, S):
         self.a.check(T, S)
         self.b.check(T, S)
@@ -180,6 +270,23 @@ class Or(Mask):
     def visible(self, q, k, lengths):
         return self.a.visible(q, k, lengths) | self.b.visible(q, k, lengths)
 
+    def ranges(self, q, S):
+        return _at_most_two(sets.either(self.a.ranges(q, S), self.b.ranges(q, S), S), self)
+
+    @property
+    def pads(self):  # What one of them shows to all is no padding.
+        return self.a.pads and self.b.pads
+
     def check(self, T, S):
         self.a.check(T, S)
         self.b.check(T, S)
+
+
+def _at_most_two(found: list[sets.Interval], mask: Mask) -> list[sets.Interval]:
+    if len(found) > sets.MOST:
+        name = " and ".join(type(part).__name__ for part in (mask.a, mask.b))
+        raise NotImplementedError(
+            f"{type(mask).__name__} of {name} takes {len(found)} ranges of keys a query, and "
+            f"a kernel at most {sets.MOST}"
+        )
+    return found

@@ -39,6 +39,13 @@ def rotate(
     x: Float[Array, "B T N H"], angles: Float[Array, "#B T h"]
 ) -> Float[Array, "B T N H"]:
     """Rotates pair `i` of every head at token `t` by `angles[..., t, i]`, in float32."""
-    sin, cos = jnp.sin(angles)[:, :, None, :], jnp.cos(angles)[:, :, None, :]
+    return turn(x, jnp.cos(angles), jnp.sin(angles))
+
+
+def turn(
+    x: Float[Array, "B T N H"], cos: Float[Array, "#B T h"], sin: Float[Array, "#B T h"]
+) -> Float[Array, "B T N H"]:
+    """`rotate` by angles of which the cosines and sines are at hand."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

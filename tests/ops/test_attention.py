@@ -1,159 +1,276 @@
-"""Every implementation of `attend` runs one table against softmax attention in float64."""
+"""Every implementation of `attend` runs one table against softmax attention in float64.
 
+To add an implementation is to add a row to `IMPLEMENTATIONS`, a case a line to `CASES`.
+The tolerance is no number of ours: twice the error that plain attention, written in
+jax.numpy below and differentiated by JAX, makes in the same dtype.
+"""
+
+import dataclasses
 import functools
-import itertools
+import zlib
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.ops.attention import attend, chunked, max_logit
-from jaxformer.ops.mask import Causal, Full, Prefix, Segments, Window
+from jaxformer.ops import chunked
+from jaxformer.ops.alibi import Alibi, alibi_slopes
+from jaxformer.ops.attention import attend_lse
+from jaxformer.ops.mask import (
+    BlockDiffusion,
+    Causal,
+    Full,
+    Mask,
+    Prefix,
+    Segments,
+    Spans,
+    Window,
+)  # fmt: skip
+from jaxformer.ops.norm import Norm
+from tests.ops.exact import EPSILON, Exact
 
-# A small budget makes several chunks of the short rows of this table.
-IMPLEMENTATIONS = {
-    "reference": functools.partial(attend, impl="reference"),
-    "chunked": lambda q, k, v, *, mask=None, scale=None, softcap=None, bias=None: chunked(
-        q, k, v, mask=mask or Full(), scale=scale or q.shape[-1] ** -0.5, softcap=softcap,
-        bias=bias, logits=3 * k.shape[1],
-    ),
-}  # fmt: skip
 
-IDS = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0]])
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table; `bias` is its batch and heads, `norm` its kind."""
+
+    T: int = 7
+    S: int = 7
+    H: int = 64
+    N: int = 2
+    K: int = 2
+    B: int = 2
+    mask: Any = Full
+    bias: tuple[int, int] | None = None
+    alibi: bool = False
+    offset: int = 0
+    scale: float | None = None
+    softcap: float | None = None
+    norm: str | None = None
+    angles: bool = False
+    dtype: Any = jnp.float32
+
+
+def ids(B, T):
+    """Segments of uneven lengths, with padding at the end, and all over the second row."""
+    cuts = [0, T // 5, T // 5 + max(1, T // 3), T - T // 6, T]
+    row = np.repeat([3, 1, 2, 0], np.diff(cuts))
+    return jnp.asarray(np.stack([row] + [np.zeros_like(row)] * (B - 1)))
+
+
+def spans(T):
+    return Spans(jnp.array([[1, T // 2], [0, T]]), jnp.array([[T // 4 + 1, T - 1], [3, T]]))
+
+
+def far(keys):
+    return lambda T, S: Segments(ids(2, T), ids(2, S)[:, ::-1] if keys else ids(2, S))
+
+
+half = jnp.bfloat16
 CASES = {
-    "plain": {},
-    "one query": {"T": 1, "S": 7},
-    "cross": {"T": 7, "S": 3},
-    "grouped": {"N": 4, "K": 2},
-    "multi-query": {"N": 4, "K": 1},
-    "causal": {"mask": Causal()},
-    "causal with a past": {"T": 3, "S": 7, "mask": Causal(4)},
-    "window": {"mask": Window(1, 2)},
-    "prefix": {"mask": Causal() | Prefix(jnp.array([2, 5]))},
-    "packed, empty rows": {"mask": Segments(IDS)},
-    "scale, cap": {"scale": 0.3, "softcap": 2.0},
-    "bias": {"bias": (2, 4, 7, 7), "N": 4, "K": 2},
-    "bias of all heads": {"bias": (1, 1, 7, 7), "mask": Causal()},
-}
+    "plain": Case(),
+    "one by one": Case(1, 1, 80),
+    "one query": Case(1, 257),
+    "one key": Case(64, 1, 72),
+    "cross": Case(7, 64, 72, 4, 2),
+    "multi-query": Case(64, 7, 96, 4, 1),
+    "197": Case(197, 197, 64, B=1),
+    "197 in half": Case(197, 197, 72, B=1, dtype=half),
+    "wide head": Case(64, 64, 256, B=1),
+    "causal": Case(64, 64, 80, mask=lambda T, S: Causal()),
+    "causal in half": Case(257, 257, 128, 4, 2, B=1, mask=lambda T, S: Causal(), dtype=half),
+    "causal with a past": Case(7, 64, mask=lambda T, S: Causal(57)),
+    "causal, first rows empty": Case(mask=lambda T, S: Causal(-3)),
+    "window": Case(64, 64, mask=lambda T, S: Window(9, 2)),
+    "sliding": Case(257, 257, 64, 1, 1, 1, mask=lambda T, S: Causal() & Window(70)),
+    "prefix": Case(64, 64, mask=lambda T, S: Causal() | Prefix(jnp.array([20, 0]))),
+    "prefix alone": Case(mask=lambda T, S: Prefix(jnp.array([0, 5]))),
+    "packed": Case(197, 197, 64, mask=lambda T, S: Segments(ids(2, T))),
+    "packed, causal": Case(64, 64, mask=lambda T, S: Segments(ids(2, T)) & Causal()),
+    "packed, cross": Case(64, 7, mask=far(True)),
+    "spans": Case(64, 64, mask=lambda T, S: Causal() | spans(T)),
+    "spans alone": Case(64, 64, 72, mask=lambda T, S: spans(T)),
+    "spans, packed": Case(64, 64, mask=lambda T, S: (Causal() | spans(T)) & Segments(ids(2, T))),
+    "block diffusion": Case(64, 64, 128, mask=lambda T, S: BlockDiffusion(5)),
+    "scale and cap": Case(64, 64, scale=0.3, softcap=2.0),
+    "bias": Case(64, 7, 64, 4, 2, bias=(2, 4)),
+    "bias of all": Case(bias=(1, 1), mask=lambda T, S: Causal()),
+    "alibi": Case(64, 64, 64, 6, 2, alibi=True),
+    "alibi with a past": Case(7, 64, alibi=True, offset=57, mask=lambda T, S: Causal(57)),
+    "rms": Case(64, 64, norm="rms"),
+    "layer norm and angles": Case(64, 64, 72, 4, 2, norm="layer", angles=True),
+    "angles": Case(64, 64, 96, angles=True),
+    "all": Case(
+        64, 64, 80, 4, 2, bias=(1, 4), softcap=3.0, norm="rms", angles=True,
+        mask=lambda T, S: Causal() | Prefix(jnp.array([9, 3])),
+    ),
+    "all in half": Case(
+        64, 64, 64, 4, 2, norm="rms", angles=True, mask=lambda T, S: Segments(ids(2, T)),
+        dtype=half,
+    ),
+    "1025": Case(1025, 1025, 64, 1, 1, 1, mask=lambda T, S: Causal()),
+    "1025 cross in half": Case(1025, 257, 64, 2, 1, 1, norm="rms", angles=False, dtype=half),
+}  # fmt: skip
+SLOW = {"1025", "1025 cross in half"}
+
+# Who runs which cases. "auto" is XLA on a CPU by way of the primitives.
+EVERY = tuple(CASES)
+SOME = ("plain", "cross", "causal in half", "spans", "bias", "all")
+MORE = (
+    *SOME, "one query", "multi-query", "packed", "block diffusion", "scale and cap", "alibi",
+    "alibi with a past", "layer norm and angles", "1025",
+)  # fmt: skip
+IMPLEMENTATIONS = {"reference": EVERY, "chunked": MORE, "auto": SOME}
 
 
-def exact(q, k, v, *, mask=None, scale=None, softcap=None, bias=None):
-    """Softmax attention in NumPy's float64, one head and row at a time."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    seen = np.ones((1, T, S), bool) if mask is None else np.asarray(mask.dense(T, S))
-    seen = np.broadcast_to(seen, (B, T, S))
-    out = np.zeros(q.shape)
-    for b, n, t in itertools.product(range(B), range(N), range(T)):
-        keys = np.flatnonzero(seen[b, t])
-        if not keys.size:
-            continue
-        logits = k[b, keys, n // (N // K)] @ q[b, t, n] * (scale or H**-0.5)
-        if softcap:
-            logits = softcap * np.tanh(logits / softcap)
-        if bias is not None:
-            logits += np.broadcast_to(np.asarray(bias, np.float64), (B, N, T, S))[b, n, t, keys]
-        weights = np.exp(logits - logits.max())
-        out[b, t, n] = weights @ v[b, keys, n // (N // K)] / weights.sum()
-    return out
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A case with its numbers: arrays, where they move, and what the loss weighs."""
+
+    arrays: dict
+    moves: dict
+    d_out: Any
+    d_lse: Any
+    mask: Mask
+    angles: Any
+    slopes: Any
 
 
-def inputs(key, T=7, S=7, N=2, K=2, bias=None, dtype=jnp.float32, **options):
-    keys = jax.random.split(key, 4)
-    q = jax.random.normal(keys[0], (2, T, N, 8), dtype)
-    k = jax.random.normal(keys[1], (2, S, K, 8), dtype)
-    v = jax.random.normal(keys[2], (2, S, K, 8), dtype)
-    if bias is not None:
-        options["bias"] = jax.random.normal(keys[3], bias)
-    return (q, k, v), options
+@functools.cache
+def problem(name) -> Problem:
+    c = CASES[name]
+    draw = np.random.default_rng(zlib.crc32(name.encode()))
+    shapes = {"q": (c.B, c.T, c.N, c.H)} | dict.fromkeys("kv", (c.B, c.S, c.K, c.H))
+    if c.bias:
+        shapes["bias"] = (*c.bias, c.T, c.S)
+    for side in "qk" if c.norm else "":
+        shapes[f"{side}_scale"] = (c.H,)
+        if c.norm == "layer":
+            shapes[f"{side}_shift"] = (c.H,)
+
+    def make(name, shape):
+        x = draw.normal(size=shape) + (name.endswith("scale"))
+        return jnp.asarray(x, c.dtype if name in "qkv" else jnp.float32)
+
+    arrays, moves = ({n: make(n, s) for n, s in shapes.items()} for _ in range(2))
+    mask = Full() if c.mask is Full else c.mask(c.T, c.S)
+    seen = np.broadcast_to(mask.dense(c.T, c.S), (c.B, c.T, c.S))
+    some = np.broadcast_to(seen.any(-1)[:, None], (c.B, c.N, c.T))
+    d_lse = jnp.where(some, jnp.asarray(draw.normal(size=some.shape), jnp.float32), 0)
+    turn = jnp.asarray(draw.uniform(-3, 3, (1, c.T, c.H // 2)), jnp.float32)
+    slopes = alibi_slopes(c.N) if c.alibi else None
+    d_out = make("q", shapes["q"])
+    return Problem(arrays, moves, d_out, d_lse, mask, turn if c.angles else None, slopes)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_values_equal_float64(impl, name, key):
-    arrays, options = inputs(key, **CASES[name])
-    out = jax.jit(lambda *a: IMPLEMENTATIONS[impl](*a, **options))(*arrays)
-    np.testing.assert_allclose(out, exact(*arrays, **options), atol=2e-6)
+def everything(attend, name):
+    """Output, logsumexp, gradients and tangent of an implementation, in one program."""
+    p = problem(name)
+
+    def run(arrays, moves, mask, d_out, d_lse):
+        (out, lse), pull = jax.vjp(functools.partial(attend, mask=mask), arrays)
+        grads = pull((d_out, d_lse))[0]
+        _, (tangent, _) = jax.jvp(functools.partial(attend, mask=mask), (arrays,), (moves,))
+        return {"out": out, "lse": lse, "tangent": tangent, **grads}
+
+    found = jax.jit(run)(p.arrays, p.moves, p.mask, p.d_out, p.d_lse)
+    return {n: np.asarray(x, np.float64) for n, x in found.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_chunked_gradients_and_tangents_equal_the_reference(name, key):
-    arrays, options = inputs(key, **CASES[name])
-    tangents = jax.tree.map(jnp.cos, arrays)
-
-    def both(attend):
-        def loss(*arrays):
-            return jnp.sin(attend(*arrays, **options)).sum()
-
-        def run(*arrays):
-            grads = jax.grad(loss, argnums=(0, 1, 2))(*arrays)
-            return grads, jax.jvp(loss, arrays, tangents)
-
-        return jax.jit(run)(*arrays)
-
-    a, b = (both(attend) for attend in IMPLEMENTATIONS.values())
-    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-5)
+def ours(arrays, *, mask, name, impl):
+    c, p = CASES[name], problem(name)
+    norm = None
+    if c.norm:
+        weights = ((arrays[f"{n}_scale"], arrays.get(f"{n}_shift")) for n in "qk")
+        norm = tuple(Norm(*w, EPSILON, centered=c.norm == "layer") for w in weights)
+    bias = Alibi(jnp.asarray(p.slopes), c.offset) if c.alibi else arrays.get("bias")
+    options = {"scale": c.scale, "softcap": c.softcap, "bias": bias, "norm": norm}
+    q, k, v = (arrays[n] for n in "qkv")
+    return attend_lse(q, k, v, mask=mask, angles=p.angles, impl=impl, **options)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_row_that_sees_nothing_is_zero_with_gradient_zero(impl, key):
-    arrays, _ = inputs(key)
-    mask = Segments(jnp.zeros((2, 7), int))
-    out, grads = jax.value_and_grad(
-        lambda q: jnp.cos(IMPLEMENTATIONS[impl](q, *arrays[1:], mask=mask)).sum()
-    )(arrays[0])
-    assert out == arrays[0].size and not grads.any()
+def plain(arrays, *, mask, name):
+    """Attention as one writes it down, in the dtype of q with a softmax in float32."""
+    c, p = CASES[name], problem(name)
+    f32 = jnp.float32
+
+    def side(n):
+        x, dtype = arrays[n].astype(f32), arrays[n].dtype
+        if c.norm:
+            x = x - x.mean(-1, keepdims=True) if c.norm == "layer" else x
+            x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + EPSILON)
+            x = x * arrays[f"{n}_scale"][None, None, None]
+            if f"{n}_shift" in arrays:
+                x = x + arrays[f"{n}_shift"][None, None, None]
+            x = x.astype(dtype).astype(f32)
+        if c.angles:
+            cos, sin = (f(p.angles)[:, :, None] for f in (jnp.cos, jnp.sin))
+            a, b = jnp.split(x, 2, -1)
+            x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        return x.astype(dtype)
+
+    q, k = side("q"), side("k")
+    k, v = (jnp.repeat(x, c.N // c.K, axis=2) for x in (k, arrays["v"]))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=f32)
+    logits *= c.H**-0.5 if c.scale is None else c.scale
+    if c.softcap:
+        logits = c.softcap * jnp.tanh(logits / c.softcap)
+    if "bias" in arrays:
+        logits += jnp.broadcast_to(arrays["bias"], (arrays["bias"].shape[0], *logits.shape[1:]))
+    if c.alibi:
+        away = jnp.abs(jnp.arange(c.T)[:, None] + c.offset - jnp.arange(c.S)[None])
+        logits -= jnp.asarray(p.slopes)[None, :, None, None] * away[None, None]
+    seen = mask.dense(c.T, c.S)[:, None]
+    logits = jnp.where(seen, logits, -1e30)
+    weights = jnp.where(seen, jax.nn.softmax(logits, -1), 0).astype(v.dtype)
+    lse = jnp.where(seen.any(-1), jax.nn.logsumexp(logits, -1), -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v), lse
 
 
-def test_chunked_memory_does_not_grow_with_the_square():
-    def bytes_at(length, impl):
-        x = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
-        loss = lambda q, k, v: attend(q, k, v, impl=impl).sum()  # noqa: E731
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    short, long = bytes_at(2048, "chunked"), bytes_at(8192, "chunked")
-    assert long < 4.5 * short, "four times the length, at most four times the memory"
-    assert bytes_at(8192, "reference") > 8192 * 8192 * 4
-    assert long < 8192 * 8192 * 4 / 16
-
-
-def test_bfloat16_errs_as_little_as_its_rounding(key):
-    arrays, _ = inputs(key, dtype=jnp.bfloat16)
-    out = attend(*arrays)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), exact(*arrays), atol=2e-2)
-
-
-def test_max_logit(key):
-    (q, k, _), _ = inputs(key, N=4, K=2)
-    logits = np.einsum("btngh,bsnh->bngts", q.reshape(2, 7, 2, 2, 8), k) / 8**0.5
-    found = max_logit(q, k, mask=Causal())
-    seen = np.tril(np.ones((7, 7), bool))
-    expected = np.where(seen, logits, -np.inf).max((0, 3, 4)).reshape(4)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+@functools.cache
+def expected(name):
+    """What is exact, and how far plain attention is from it."""
+    c, p = CASES[name], problem(name)
+    x = {n: np.asarray(a, np.float64) for n, a in p.arrays.items()}
+    seen = np.broadcast_to(p.mask.dense(c.T, c.S), (c.B, c.T, c.S))
+    angles = None if p.angles is None else np.asarray(p.angles, np.float64)
+    scale = c.H**-0.5 if c.scale is None else c.scale
+    exact = Exact(x, seen, scale, c.softcap, p.slopes, c.offset, c.norm == "layer", angles)
+    out, lse = exact.forward()
+    found = {"out": out, "lse": lse}
+    found |= exact.backward(*(np.asarray(d, np.float64) for d in (p.d_out, p.d_lse)))
+    found["tangent"] = exact.tangent({n: np.asarray(m, np.float64) for n, m in p.moves.items()})
+    errors = {n: far_from(a, found[n]) for n, a in everything(
+        functools.partial(plain, name=name), name
+    ).items()}  # fmt: skip
+    return found, errors
 
 
-BAD = {
-    "rank": ({"q": (2, 7, 8)}, r"q has shape \(2, 7, 8\) and must be \[B, T, heads, H\]"),
-    "heads": ({"q": (2, 7, 3, 8)}, "q has 3 heads, which must be a multiple of the 2 of k"),
-    "head size": ({"q": (2, 7, 2, 4)}, "must agree in batch and head size"),
-    "values": ({"v": (2, 6, 2, 8)}, "must have one shape"),
-    "bias": ({"bias": (2, 2, 7, 6)}, r"must broadcast to \(2, 2, 7, 7\)"),
-    "impl": ({"impl": "flash"}, "impl='flash' must be one of"),
-    "mask": ({"mask": Segments(IDS[:, :5])}, "must have 7 columns"),
-}
+def far_from(found, exact) -> float:
+    """The greatest error; where one is infinite, the other has to be."""
+    assert (np.isinf(found) == np.isinf(exact)).all() and not np.isnan(found).any()
+    finite = np.isfinite(exact)
+    return np.abs(found[finite] - exact[finite]).max(initial=0)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_names_the_argument_and_the_rule(name, unchecked):
-    changes, message = BAD[name]
-    shapes = {n: changes.get(n, (2, 7, 2, 8)) for n in "qkv"}
-    arrays = [jnp.zeros(s) for s in shapes.values()]
-    options = {n: v for n, v in changes.items() if n not in "qkv"}
-    if "bias" in options:
-        options["bias"] = jnp.zeros(options["bias"])
-    with pytest.raises(ValueError, match=message):
-        attend(*arrays, **options)
+def table():
+    for impl, names in IMPLEMENTATIONS.items():
+        for name in names:
+            marks = [pytest.mark.slow] if name in SLOW else []
+            yield pytest.param(impl, name, id=f"{name}-{impl}", marks=marks)
+
+
+@pytest.mark.parametrize(("impl", "name"), list(table()))
+def test_values_gradients_and_tangents_equal_float64(impl, name, monkeypatch):
+    # A small budget, so that these short rows are several chunks too.
+    monkeypatch.setattr(chunked, "LOGITS", 23 * CASES[name].S)
+    exact, errors = expected(name)
+    found = everything(functools.partial(ours, name=name, impl=impl), name)
+    assert set(found) == set(exact)
+    eps = float(jnp.finfo(jnp.float32).eps)
+    for part, x in found.items():
+        finite = np.abs(exact[part][np.isfinite(exact[part])]).max(initial=1e-6)
+        allowed = 2 * errors[part] + 8 * eps * finite
+        assert far_from(x, exact[part]) <= allowed, part

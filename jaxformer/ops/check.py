@@ -1,0 +1,78 @@
+"""What `attend` refuses: one sentence that names the argument, its shape and the rule."""
+
+from jaxformer.ops.alibi import Alibi
+
+
+def shapes(q, k, v, mask, bias, norm, angles) -> None:
+    """Raises ValueError where the arguments of `attend` do not agree."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape} and must be [B, T, heads, H]")
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    if k.shape != v.shape:
+        raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
+    if k.shape[0] != B or k.shape[3] != H:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head size")
+    if N % K:
+        raise ValueError(f"q has {N} heads, which must be a multiple of the {K} of k")
+    _bias(bias, (B, N, T, S))
+    if norm is not None:
+        _norm(norm, H)
+    if angles is not None:
+        _angles(angles, q, k)
+    mask.check(T, S)
+
+
+def rows(name: str, shape, q) -> None:
+    """Raises ValueError where an array has another batch than 1 or that of `q`."""
+    if shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"{name} has {shape[0]} rows and must have 1 or {q.shape[0]}, as q {q.shape}"
+        )
+
+
+def _bias(bias, whole) -> None:
+    if isinstance(bias, Alibi):
+        if bias.slopes.shape != (whole[1],):
+            raise ValueError(
+                f"bias: Alibi.slopes has shape {bias.slopes.shape} and must be ({whole[1]},), "
+                "one for each head of q"
+            )
+    elif bias is not None:
+        # A bias is as large as the logits: of what may be 1, only batch and heads.
+        fits = bias.ndim == 4 and bias.shape[2:] == whole[2:]
+        if not fits or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True)):
+            raise ValueError(
+                f"bias has shape {bias.shape} and must broadcast to {whole} in batch and heads"
+            )
+
+
+def _norm(norm, H: int) -> None:
+    if not isinstance(norm, tuple) or len(norm) != 2:
+        raise ValueError(f"norm must be a pair, for queries and for keys; got {norm!r}")
+    for name, side in zip("qk", norm, strict=True):
+        for part in ("scale", "bias"):
+            x = None if side is None else getattr(side, part)
+            if x is not None and x.shape != (H,):
+                raise ValueError(
+                    f"norm: the {part} for {name} has shape {x.shape} and must be ({H},), "
+                    "the head size"
+                )
+
+
+def _angles(angles, q, k) -> None:
+    pair = angles if isinstance(angles, tuple) else (angles, angles)
+    if len(pair) != 2:
+        raise ValueError(f"angles must be one array or a pair, got {len(pair)}")
+    for name, turn, x in zip("qk", pair, (q, k), strict=True):
+        B, T, _, H = x.shape
+        if (
+            H % 2
+            or turn.ndim != 3
+            or turn.shape[0] not in (1, B)
+            or turn.shape[1:] != (T, H // 2)
+        ):
+            raise ValueError(
+                f"angles for {name} have shape {turn.shape} and must be [1 or {B}, {T}, "
+                f"{H} / 2], an angle for each pair of each token of {name} {x.shape}"
+            )

@@ -1,0 +1,150 @@
+"""Who computes an attention: the one place where a platform meets its kernels."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+try:
+    from jaxformer.kernels import flash_tpu
+except ImportError:
+    flash_tpu = None
+try:
+    from jaxformer.kernels import flash_gpu
+except ImportError:
+    flash_gpu = None
+from jaxformer.kernels.case import Case
+from jaxformer.ops import chunked, cudnn, dense
+from jaxformer.ops.mask import Mask
+
+Impl = Literal["auto", "reference", "chunked", "tpu", "gpu", "cudnn"]
+IMPLS: tuple[str, ...] = get_args(Impl)
+XLA = {"reference": dense, "chunked": chunked}
+KERNELS = {"tpu": (flash_tpu, "tpu"), "gpu": (flash_gpu, "cuda")}
+# What "auto" tries, by the platform that is compiled for; then XLA.
+ORDER = {"tpu": ("tpu",), "cuda": ("cudnn", "gpu")}
+
+# Above so many logits a head, "auto" leaves the path that holds them all at once.
+DENSE_LOGITS = 1024 * 1024
+# The same on an accelerator, where kernels serve all that is not tiny.
+DENSE_LOGITS_ON_DEVICE = 128 * 128
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What was asked for, beside the case; all of it is known before compiling.
+
+    `causal`: the case's intervals are those of `Causal()`. `lse`: someone looks at the
+    logsumexp. `why_not`: the reason that no kernel may be used, if there is one.
+    """
+
+    impl: str = "auto"
+    causal: bool = False
+    lse: bool = False
+    why_not: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention: what a kernel is given, and a mask that no interval holds."""
+
+    q: Any
+    k: Any
+    v: Any
+    case: Case
+    mask: Mask | None
+    how: How
+
+
+@dataclasses.dataclass
+class Choice:
+    """Who computes it, and why those before did not."""
+
+    name: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        refused = "".join(f"; not {name}: {why}" for name, why in self.refused.items())
+        return self.name + refused
+
+
+def forward(problem: Problem, platform: str | None):
+    """`(out, lse)` by the first who can, and the choice. None is any other platform."""
+    p = problem
+
+    def run(name):
+        if name in XLA:
+            return XLA[name].forward(p.q, p.k, p.v, p.case, p.mask)
+        if name == "cudnn":
+            return cudnn.forward(p.q, p.k, p.v, p.case, p.how.causal)
+        kernel, interpret = _kernel(name, platform)
+        return kernel.forward(p.q, p.k, p.v, p.case, interpret=interpret)
+
+    return _first(problem, platform, run)
+
+
+def backward(problem: Problem, out, lse, d_out, d_lse, platform: str | None):
+    """`Gradients` by the first who can, and the choice."""
+    p = problem
+
+    def run(name):
+        if name in XLA:
+            return XLA[name].backward(p.q, p.k, p.v, p.case, out, lse, d_out, d_lse, p.mask)
+        if name == "cudnn":
+            return cudnn.backward(p.q, p.k, p.v, p.case, p.how.causal, d_out)
+        kernel, interpret = _kernel(name, platform)
+        return kernel.backward(
+            p.q, p.k, p.v, p.case, out, lse, d_out, d_lse, interpret=interpret
+        )
+
+    return _first(problem, platform, run)
+
+
+def in_xla(problem: Problem, platform: str | None = None):
+    """The XLA implementation for the size of the problem: `dense` or `chunked`."""
+    return XLA[_xla(problem, platform)]
+
+
+def _first(problem: Problem, platform: str | None, run: Callable):
+    refused: dict[str, str] = {}
+    for name, why_not in _candidates(problem, platform):
+        try:
+            if why_not:
+                raise NotImplementedError(why_not)
+            found = run(name)
+        except NotImplementedError as error:
+            if name == problem.how.impl:
+                raise
+            refused[name] = str(error)
+            continue
+        if name in XLA and platform in ORDER:
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            # Told once: Python shows the same warning of the same line a single time.
+            warnings.warn(f"attend uses XLA on {platform} ({reasons})", stacklevel=2)
+        return found, Choice(name, refused)
+    raise AssertionError("XLA can do every case")
+
+
+def _candidates(problem: Problem, platform) -> Iterator[tuple[str, str | None]]:
+    how = problem.how
+    names = ORDER.get(platform, ()) if how.impl == "auto" else (how.impl,)
+    for name in names:
+        why_not = how.why_not
+        if name == "cudnn" and platform != "cuda":
+            why_not = why_not or "cuDNN runs on cuda alone"
+        if name == "cudnn" and how.lse:
+            why_not = why_not or "cuDNN gives no logsumexp in float32"
+        yield name, why_not
+    if how.impl == "auto":
+        yield _xla(problem, platform), None
+
+
+def _xla(problem: Problem, platform) -> str:
+    limit = DENSE_LOGITS_ON_DEVICE if platform in ORDER else DENSE_LOGITS
+    logits = problem.q.shape[1] * problem.k.shape[1]
+    return "reference" if logits <= limit else "chunked"
+
+
+def _kernel(name: str, platform: str | None):
+    kernel, home = KERNELS[name]
+    return kernel, platform != home

@@ -6,11 +6,13 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 
 import jax
 
 NAMES = {
+    "attention": "ours beside other kernels, by a GPU, a CPU, or a TPU's compiler",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
     "vit": "one ViT training step beside torch's",
 }
@@ -29,6 +31,15 @@ def hardware() -> dict[str, str | int]:
     }
 
 
+def commit() -> str:
+    """What is checked out, "-dirty" where it was changed; "unknown" without git."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main() -> int:
     """Runs one benchmark, prints its table and writes its JSON."""
     told = "\n".join(f"  {name}: {what}" for name, what in NAMES.items())
@@ -40,12 +51,18 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", help="a file for every number")
     parser.add_argument("--rounds", type=int, help="how often each side is timed")
-    args = parser.parse_args()
-    module = importlib.import_module(f"evaluate.speed.{args.name}")
-    rounds = {"rounds": args.rounds} if args.rounds else {}
-    found = {"hardware": hardware(), **module.run(**rounds)}
-    if args.json:
-        path = pathlib.Path(args.json)
+    name = next((a for a in sys.argv[1:] if a in NAMES), None)
+    module = importlib.import_module(f"evaluate.speed.{name}") if name else None
+    if module is not None and hasattr(module, "add_options"):
+        module.add_options(parser)
+    options = {k: v for k, v in vars(parser.parse_args()).items() if v}
+    assert module is not None and name == options.pop("name")
+    file = options.pop("json", None)
+    command = " ".join(["python -m evaluate.speed", *sys.argv[1:]])
+    about = {"hardware": hardware(), "command": command, "commit": commit()}
+    found = {**about, **module.run(**options)}
+    if file:
+        path = pathlib.Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
     return 0

@@ -1,0 +1,81 @@
+"""Attention of other hands, on `[B, T, N, H]` as ours is: jax's splash, XLA, cuDNN, tokamax."""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+# Splash's best (queries, keys, keys at a time) by chip: fewest cycles, forward and then
+# backward, among 256, 512, 1,024, 2,048 and T; found with `search` of `attention_tpu`.
+BLOCKS: dict[tuple[str, int, int], tuple[int, int, int]] = {}
+
+
+def splash(T: int, H: int, mask: np.ndarray | None = None) -> Callable:
+    """jax's splash attention with its best block sizes."""
+    return splash_with(
+        T, BLOCKS.get(("forward", T, H)), BLOCKS.get(("backward", T, H)), mask=mask
+    )
+
+
+def splash_with(T: int, forward, backward=None, *, mask: np.ndarray | None = None) -> Callable:
+    """jax's splash attention with given (queries, keys, keys at a time) of a block."""
+    (bq, bk, bc), (cq, ck, cc) = forward, backward or forward
+    sizes = splash_attention.BlockSizes(bq, bk, bc, cq, ck, cc, use_fused_bwd_kernel=True)
+
+    def attend(q, k, v):
+        whole = splash_attention.FullMask((T, T))
+        one = whole if mask is None else splash_attention.NumpyMask(mask)
+        heads = splash_attention.MultiHeadMask([one] * q.shape[2])
+        kernel = splash_attention.make_splash_mha_single_device(heads, block_sizes=sizes)
+        q = q * q.shape[-1] ** -0.5
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        return jnp.asarray(jax.vmap(kernel)(q, k, v)).swapaxes(1, 2)
+
+    return attend
+
+
+def named(implementation: str) -> Callable:
+    """`jax.nn.dot_product_attention` by "xla" or "cudnn"; a mask is boolean `[1, T, S]`."""
+
+    def attend(q, k, v, mask=None):
+        mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            implementation=implementation,  # pyright: ignore
+        )
+
+    return attend
+
+
+def tokamax() -> Callable:
+    """tokamax's attention; ImportError where it is not installed."""
+    module = importlib.import_module("tokamax")
+
+    def attend(q, k, v, mask=None):
+        mask = None if mask is None else mask[:, None]
+        return module.dot_product_attention(q, k, v, mask=mask)
+
+    return attend
+
+
+def exact(q, k, v, mask=None):
+    """Attention in float32, row by row: what others are checked against."""
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def row(row):
+        q, seen = row
+        logits = jnp.einsum("BNH,BSNH->BNS", q, k, precision="highest") * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        return jnp.einsum("BNS,BSNH->BNH", weights, v, precision="highest")
+
+    T, S = q.shape[1], k.shape[1]
+    seen = jnp.ones((T, 1, 1, S), bool) if mask is None else mask[0, :, None, None]
+    return jax.lax.map(row, (q.swapaxes(0, 1), seen), batch_size=None).swapaxes(0, 1)

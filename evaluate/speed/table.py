@@ -1,0 +1,98 @@
+"""`python -m evaluate.speed.table FILE ...`: Markdown for the README from attention's JSON."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+
+
+def markdown(found: dict) -> str:
+    """The tables of one file that `python -m evaluate.speed attention --json` wrote."""
+    where = found["hardware"]["device"]
+    told = f"`{found['command']}`, commit {found['commit']}, jax {found['hardware']['jax']}"
+    if found["ruler"] == "tpu":
+        head = f"Compiled ahead of time by libtpu {found['libtpu']}; no TPU was used. {told}"
+        tables = _tpu(found)
+    elif found["ruler"] == "gpu":
+        head, tables = f"TFLOP/s by useful area on {where}, bf16, medians. {told}", _gpu(found)
+    else:
+        head, tables = f"On {where}, float32, forward + backward, medians. {told}", _cpu(found)
+    return "\n\n".join([head, *tables]) + "\n"
+
+
+def _tpu(found: dict) -> list[str]:
+    sides = ("ours", "splash", "XLA")
+    layers = _pivot(found["layers"], ("chip", "H", "T", "backward", "fused"), sides, "X")
+    kernels = _pivot(
+        found["kernels"], ("chip", "H", "T", "backward"), sides[:2], "cycles_a_head", ratio=True
+    )
+    priced = [r for r in found["masks"] if r["mask"]]
+    masks = _pivot(priced, ("mask", "chip", "H", "backward"), sides[:2], "price")
+    titles = ("HBM bytes of a layer, X", "Cycles a head", "Masks, by useful area of unmasked")
+    return [
+        f"{title}\n\n{table}"
+        for title, table in zip(titles, (layers, kernels, masks), strict=True)
+    ]
+
+
+def _gpu(found: dict) -> list[str]:
+    sides = ("ours", "auto", "cuDNN", "XLA", "tokamax")
+    rows = [r | {"mask": r["mask"] or "full"} for r in found["rows"]]
+    return [
+        f"{way.capitalize()}\n\n" + _pivot(rows, ("mask", "H", "T"), sides, way)
+        for way in ("forward", "backward")
+    ]
+
+
+def _cpu(found: dict) -> list[str]:
+    sides = ("auto", "chunked", "reference")
+    mib = [r | {"MiB": r["temporaries"] / 2**20} for r in found["sized"]]
+    times = _pivot(found["timed"], ("T",), sides, "median_ms")
+    return [
+        f"Milliseconds\n\n{times}",
+        "Temporaries, MiB\n\n" + _pivot(mib, ("T",), sides, "MiB"),
+    ]
+
+
+def _pivot(rows: Iterable[dict], by: tuple, sides: tuple, value: str, ratio=False) -> str:
+    """One line for each case, one column for each side."""
+    cases: dict[tuple, dict[str, str | float]] = {}
+    for row in rows:
+        case = tuple(_words(name, row[name]) for name in by)
+        cases.setdefault(case, {})[row["side"]] = row.get(value, "cannot")
+    columns = [*by, *sides, *(["ratio"] if ratio else [])]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for case, held in cases.items():
+        cells = [_number(held.get(side, "")) for side in sides]
+        if ratio:
+            a, b = (held.get(side) for side in sides[:2])
+            if isinstance(a, float) and isinstance(b, float):
+                cells.append(f"{a / b:.2f}")
+            else:
+                cells.append("")
+        lines.append("| " + " | ".join([*case, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _words(name: str, value) -> str:
+    if isinstance(value, bool):
+        yes, no = {"backward": ("yes", ""), "fused": ("norm, rotary", "plain")}[name]
+        return yes if value else no
+    return str(value)
+
+
+def _number(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def main() -> int:
+    """Prints the tables of every file named."""
+    for name in sys.argv[1:]:
+        print(markdown(json.loads(pathlib.Path(name).read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

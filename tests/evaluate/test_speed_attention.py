@@ -72,7 +72,7 @@ def test_padding_of_tiles_is_moved_too():
     text += "  %b = f32[3,5]{1,0:T(8,128)S(1)} custom-call(%a), x\n"
     text += "  %c = f32[3,5]{1,0:T(8,128)} copy(%b), x\n"
     traffic = moved_bytes(text)
-    assert dict((name, size) for size, _, name in traffic.rows) == {
+    assert {name: size for size, _, name in traffic.rows} == {
         "b": 8 * 1024 * 128 * 2,
         "c": 8 * 128 * 4,
     }

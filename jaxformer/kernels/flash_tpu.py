@@ -26,6 +26,7 @@ from jaxformer.kernels.lanes import Lanes, sides
 LOG2E = math.log2(math.e)
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
+SPARE = 16 * 2**20  # Bytes of VMEM for what the compiler holds in between.
 
 
 def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
@@ -51,21 +52,23 @@ def check(q: Array) -> None:
 class Step:
     """The static facts of one grid step, shared by forward and backward.
 
-    `bq` queries a step, in chunks of `cq`; `bk` keys a tile; `T`, `S` the lengths; `rows`
-    of key scratch; `masked`: tiles come from a list, and those partly seen are masked.
+    `T`, `S`: the lengths; `rows`: of key scratch; `masked`: tiles come from a list, and
+    those partly seen are masked.
     """
 
     lanes: Lanes
+    tile: tiles.Tpu
     T: int
     S: int
-    bq: int
-    cq: int
-    bk: int
     masked: bool
 
     @property
     def rows(self) -> int:
-        return tiles.up(self.S, self.bk) if self.masked else self.S
+        return tiles.up(self.S, self.tile.keys) if self.masked else self.S
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.T, self.tile.queries)
 
     def flat(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1)
@@ -75,27 +78,30 @@ def _forward(q, k, v, case, *, interpret):
     (B, T, N, H), K = q.shape, k.shape[2]
     step = make_step(q, k, case, backward=False)
     lanes = step.lanes
-    groups, blocks = K // lanes.K, pl.cdiv(T, step.bq)
+    groups = K // lanes.K
     arrays, specs = inputs(q, k, v, case, step)
-    kernel = functools.partial(_kernel, case=case, step=step)
+    out_shape = (
+        jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
+        jax.ShapeDtypeStruct((B, groups, lanes.N, T), jnp.float32),
+    )
+    out_specs = (
+        specs["q"],
+        pl.BlockSpec((1, 1, lanes.N, step.tile.queries), lambda b, g, i: (b, g, 0, i)),
+    )
+    scratch = [
+        pltpu.VMEM((lanes.K // lanes.heads, step.rows, lanes.width), k.dtype),
+        pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
+        pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
+        pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
+    ]
     out, lse = pl.pallas_call(
-        kernel,
-        grid=(B, groups, blocks),
+        functools.partial(_kernel, case=case, step=step),
+        grid=(B, groups, step.blocks),
         in_specs=(specs,),
-        out_specs=(
-            pl.BlockSpec((1, step.bq, lanes.N * H), lambda b, g, i: (b, i, g)),
-            pl.BlockSpec((1, 1, lanes.N, step.bq), lambda b, g, i: (b, g, 0, i)),
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
-            jax.ShapeDtypeStruct((B, groups, lanes.N, T), jnp.float32),
-        ),
-        scratch_shapes=[
-            *key_scratch(step, k.dtype),
-            pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
-            pltpu.VMEM((lanes.N * H, step.bq), jnp.float32),
-        ],
-        compiler_params=tiles.tpu_compiler_params(),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch,
+        compiler_params=compiler_params((arrays, *out_shape), (specs, *out_specs), scratch),
         interpret=interpret,
         name="flash_forward",
     )(arrays)
@@ -106,15 +112,28 @@ def make_step(q, k, case, *, backward) -> Step:
     """Chooses tiles and heads a step."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     masked = case.intervals is not None
-    bq, cq, bk, wide = tiles.tpu(
-        T, S, H, masked=masked, backward=backward, biased=case.bias is not None
+    tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
+    return Step(Lanes.of(N, K, H, tile.lanes), tile, T, S, masked)
+
+
+def compiler_params(arrays, specs, scratch):
+    """Blocks of queries share the scratch of their keys; all else is independent.
+
+    No more VMEM is asked for than the kernel needs: in the rest XLA may keep arrays.
+    """
+    blocks = jax.tree.map(
+        lambda x, s: math.prod(s.block_shape or ()) * x.dtype.itemsize, arrays, specs
     )
-    return Step(Lanes.of(N, K, H, wide), T, S, bq, cq, bk, masked)
+    held = sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=2 * sum(jax.tree.leaves(blocks)) + held + SPARE,
+    )
 
 
 def inputs(q, k, v, case, step):
     """What a kernel reads, and how it is cut into blocks, by name."""
-    lanes, bq, S = step.lanes, step.bq, step.S
+    lanes, bq, S = step.lanes, step.tile.queries, step.S
     H = lanes.H
     arrays = {"q": step.flat(q), "k": step.flat(k), "v": step.flat(v)}
     whole = pl.BlockSpec((1, S, lanes.K * H), lambda b, g, i: (b, 0, g))
@@ -128,7 +147,7 @@ def inputs(q, k, v, case, step):
         b0 = 0 if x.shape[0] == 1 else 1
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
-        x = tiles.visits(x, step.S, bq, step.bk)[:, :, None]
+        x = tiles.visits(x, step.S, bq, step.tile.keys)[:, :, None]
         arrays["visits"] = x
         specs["visits"] = pl.BlockSpec(
             (1, 1, 1, x.shape[3]), lambda b, g, i: (b * b0, i, 0, 0), memory_space=pltpu.SMEM
@@ -157,15 +176,6 @@ def _side_spec(x, rows, moves):
         return pl.BlockSpec(x.shape, lambda b, g, i: (0, 0))
     b2 = int(x.shape[0] > 1)
     return pl.BlockSpec((1, rows, x.shape[2]), lambda b, g, i: (b * b2, i if moves else 0, 0))
-
-
-def key_scratch(step, dtype):
-    """Windows of prepared keys, and values transposed with ones below."""
-    lanes = step.lanes
-    return [
-        pltpu.VMEM((lanes.K // lanes.heads, step.rows, lanes.width), dtype),
-        pltpu.VMEM((lanes.K, lanes.H + ONES, step.rows), dtype),
-    ]
 
 
 def read_side(refs) -> dict[str, Array]:
@@ -239,7 +249,7 @@ def logits(refs, q, k, place, head, chunk, start, case, step, masked):
     if case.slopes is not None:
         group, block = place
         steep = refs["slopes"][group * step.lanes.N + head] * LOG2E
-        first = block * step.bq + chunk + case.offset
+        first = block * step.tile.queries + chunk + case.offset
         query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
         s -= steep * jnp.abs(query - index).astype(jnp.float32)
     if not masked:
@@ -261,7 +271,7 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         load_keys(refs, k_scr, case, step)
         load_values(refs["v"][0], vt_scr, step)
 
-    if step.bq < step.T:
+    if step.blocks > 1:
         pl.when(place[1] == 0)(keys)
     else:
         keys()
@@ -269,9 +279,8 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
 
     def scores(chain, tile, masked):
         (head, chunk), (start, size) = chain, tile
-        kv = head // lanes.G
-        q = q_scr[head, pl.ds(chunk, step.cq)]
-        k = k_scr[kv // lanes.heads, pl.ds(start, size)]
+        q = q_scr[head, pl.ds(chunk, step.tile.chunk)]
+        k = k_scr[lanes.window(head), pl.ds(start, size)]
         return logits(refs, q, k, place, head, chunk, start, case, step, masked)
 
     def absorb(state, chain, tile, s, seen, _):
@@ -281,12 +290,12 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         top, acc = state
         new = jnp.maximum(top, s.max(0, keepdims=True))
         p = jnp.exp2(s - new).astype(vt_scr.dtype)
-        vt = vt_scr[head // lanes.G, :, pl.ds(start, size)]
+        vt = vt_scr[lanes.key_head(head), :, pl.ds(start, size)]
         return new, acc * jnp.exp2(top - new) + product(vt, p, ((1,), (0,)))
 
     def start_of(_):
-        acc = jnp.zeros((lanes.H + ONES, step.cq), jnp.float32)
-        return jnp.full((1, step.cq), LOW), acc
+        acc = jnp.zeros((lanes.H + ONES, step.tile.chunk), jnp.float32)
+        return jnp.full((1, step.tile.chunk), LOW), acc
 
     def finish(state, chain):
         (top, acc), (head, chunk) = state, chain
@@ -294,9 +303,9 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         some = total > 0
         safe = jnp.where(some, total, 1.0)
         rows = pl.ds(head * lanes.H, lanes.H)
-        ot_scr[rows, pl.ds(chunk, step.cq)] = acc[: lanes.H] * (1 / safe)
+        ot_scr[rows, pl.ds(chunk, step.tile.chunk)] = acc[: lanes.H] * (1 / safe)
         lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
-        lse_ref[0, 0, pl.ds(head, 1), pl.ds(chunk, step.cq)] = lse
+        lse_ref[0, 0, pl.ds(head, 1), pl.ds(chunk, step.tile.chunk)] = lse
 
     sweep(refs, step, start_of, scores, absorb, finish)
     o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
@@ -308,20 +317,21 @@ def sweep(refs, step, start_of, scores, absorb, finish):
     Some (head, chunk) chains go side by side, since a chain alone waits for itself:
     `scores` of the next ones are asked for before those at hand are absorbed.
     """
-    chunks = range(0, step.bq, step.cq)
-    side = max(1, tiles.CHAINS // len(chunks))
+    ahead = step.tile.ahead
+    chunks = range(0, step.tile.queries, step.tile.chunk)
+    side = max(1, step.tile.chains // len(chunks))
     side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
 
     def visit(states, chains, spans, masked):
         items = list(itertools.product(spans, enumerate(chains)))
         ready = {}
-        for at in range(len(items) + tiles.AHEAD):
+        for at in range(len(items) + ahead):
             if at < len(items):
                 tile, (_, chain) = items[at]
                 ready[at] = scores(chain, tile, masked)
-            if at >= tiles.AHEAD:
-                tile, (n, chain) = items[at - tiles.AHEAD]
-                states[n] = absorb(states[n], chain, tile, *ready.pop(at - tiles.AHEAD))
+            if at >= ahead:
+                tile, (n, chain) = items[at - ahead]
+                states[n] = absorb(states[n], chain, tile, *ready.pop(at - ahead))
         return states
 
     def heads(first):
@@ -332,15 +342,15 @@ def sweep(refs, step, start_of, scores, absorb, finish):
             finish(state, chain)
 
     def every(states, chains):
-        spans = [(s, min(step.bk, step.S - s)) for s in range(0, step.S, step.bk)]
-        many = max(1, tiles.UNROLLED // len(chains))
+        spans = [(s, min(step.tile.keys, step.S - s)) for s in range(0, step.S, step.tile.keys)]
+        many = max(1, step.tile.unrolled // len(chains))
         loops = len(spans) // many if len(spans) > many else 0
-        full = step.S // step.bk
+        full = step.S // step.tile.keys
         loops = min(loops, full // many)
 
         def body(n, states):
-            base = pl.multiple_of(n * (many * step.bk), step.bk)
-            spans = [(base + m * step.bk, step.bk) for m in range(many)]
+            base = pl.multiple_of(n * (many * step.tile.keys), step.tile.keys)
+            spans = [(base + m * step.tile.keys, step.tile.keys) for m in range(many)]
             return visit(list(states), chains, spans, False)
 
         if loops:
@@ -351,15 +361,16 @@ def sweep(refs, step, start_of, scores, absorb, finish):
         visits = refs["visits"]
 
         def body(masked, n, states):
-            start = pl.multiple_of(visits[0, 0, 0, 2 + n] * step.bk, step.bk)
-            return visit(list(states), chains, [(start, step.bk)], masked)
+            start = pl.multiple_of(visits[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
+            return visit(list(states), chains, [(start, step.tile.keys)], masked)
 
         full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
         states = lax.fori_loop(0, full, functools.partial(body, False), states)
         return lax.fori_loop(full, total, functools.partial(body, True), states)
 
     groups = step.lanes.N // side
-    if groups * len(chunks) * side * pl.cdiv(step.S, step.bk) <= 2 * tiles.UNROLLED:
+    tiles_each = len(chunks) * side * pl.cdiv(step.S, step.tile.keys)
+    if groups == 1 or groups * tiles_each <= step.tile.unrolled:
         for n in range(groups):
             heads(n * side)
     else:

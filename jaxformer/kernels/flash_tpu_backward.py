@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import flash_tpu as forward
-from jaxformer.kernels import tiles
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOG2E, LOW, product
 
@@ -41,9 +40,9 @@ def backward(
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     step = forward.make_step(q, k, case, backward=True)
     lanes, flat = step.lanes, step.flat
-    groups, blocks = K // lanes.K, pl.cdiv(T, step.bq)
+    groups = K // lanes.K
     arrays, specs = forward.inputs(q, k, v, case, step)
-    stats = pl.BlockSpec((1, 1, lanes.N, step.bq), lambda b, g, i: (b, g, 0, i))
+    stats = pl.BlockSpec((1, 1, lanes.N, step.tile.queries), lambda b, g, i: (b, g, 0, i))
     arrays |= {"out": flat(out), "d_out": flat(d_out.astype(q.dtype))}
     specs |= {"out": specs["q"], "d_out": specs["q"]}
     for name, x in (("lse", lse), ("d_lse", d_lse)):
@@ -63,29 +62,30 @@ def backward(
     if case.bias is not None:
         out_shape["bias"] = jax.ShapeDtypeStruct((B, N, T, S), jnp.float32)
         out_specs["bias"] = pl.BlockSpec(
-            (1, lanes.N, step.bq, step.rows), lambda b, g, i: (b, g, i, 0)
+            (1, lanes.N, step.tile.queries, step.rows), lambda b, g, i: (b, g, i, 0)
         )
     windows = (lanes.K // lanes.heads, step.rows, lanes.width)
+    scratch = {
+        "k": pltpu.VMEM(windows, k.dtype),
+        "kt": pltpu.VMEM((lanes.K, H, step.rows), k.dtype),
+        "v": pltpu.VMEM(windows, k.dtype),
+        "dk": pltpu.VMEM(windows, jnp.float32),
+        "dv": pltpu.VMEM(windows, jnp.float32),
+        "q": pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
+        "d_out": pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
+        "stats": pltpu.VMEM((lanes.N, 2, step.tile.queries), jnp.float32),
+        "dqt": pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
+    }
     found = pl.pallas_call(
         functools.partial(_kernel, case=case, step=step),
-        grid=(B, groups, blocks),
+        grid=(B, groups, step.blocks),
         in_specs=(specs,),
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[
-            {
-                "k": pltpu.VMEM(windows, k.dtype),
-                "kt": pltpu.VMEM((lanes.K, H, step.rows), k.dtype),
-                "v": pltpu.VMEM(windows, k.dtype),
-                "dk": pltpu.VMEM(windows, jnp.float32),
-                "dv": pltpu.VMEM(windows, jnp.float32),
-                "q": pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
-                "d_out": pltpu.VMEM((lanes.N, step.bq, lanes.width), q.dtype),
-                "stats": pltpu.VMEM((lanes.N, 2, step.bq), jnp.float32),
-                "dqt": pltpu.VMEM((lanes.N * H, step.bq), jnp.float32),
-            }
-        ],
-        compiler_params=tiles.tpu_compiler_params(),
+        scratch_shapes=[scratch],
+        compiler_params=forward.compiler_params(
+            (arrays, out_shape), (specs, out_specs), scratch.values()
+        ),
         interpret=interpret,
         name="flash_backward",
     )(arrays)
@@ -114,11 +114,10 @@ def _to_shape(x: Array, like: Array) -> Array:
 def _kernel(refs, out, scr, *, case, step):
     lanes = step.lanes
     place = pl.program_id(1), pl.program_id(2)
-    blocks = pl.cdiv(step.T, step.bq)
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
 
     def at(block, do):
-        do() if blocks == 1 else pl.when(place[1] == block)(do)
+        do() if step.blocks == 1 else pl.when(place[1] == block)(do)
 
     at(0, lambda: _load(refs, out, scr, case, step))
     forward.load_queries(refs, scr["q"], case, step)
@@ -128,16 +127,16 @@ def _kernel(refs, out, scr, *, case, step):
 
     def scores(chain, tile, masked):
         (head, chunk), (start, size) = chain, tile
-        window, keys = head // lanes.G // lanes.heads, pl.ds(start, size)
-        q, g = (scr[n][head, pl.ds(chunk, step.cq)] for n in ("q", "d_out"))
+        window, keys = lanes.window(head), pl.ds(start, size)
+        q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
         k, v = scr["k"][window, keys], scr["v"][window, keys]
         found = forward.logits(refs, q, k, place, head, chunk, start, case, step, masked)
         return *found, product(v, g, ((1,), (1,)))
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):
         (head, chunk), (start, size) = chain, tile
-        window, keys = head // lanes.G // lanes.heads, pl.ds(start, size)
-        queries = pl.ds(chunk, step.cq)
+        window, keys = lanes.window(head), pl.ds(start, size)
+        queries = pl.ds(chunk, step.tile.chunk)
         lse, delta = (scr["stats"][head, n : n + 1, queries] for n in range(2))
         if seen is not None:
             s = jnp.where(seen, s, 3 * LOW)
@@ -150,15 +149,15 @@ def _kernel(refs, out, scr, *, case, step):
         p, ds = p.astype(scr["q"].dtype), ds.astype(scr["q"].dtype)
         scr["dv"][window, keys] += product(p, scr["d_out"][head, queries], ((1,), (0,)))
         scr["dk"][window, keys] += product(ds, scr["q"][head, queries], ((1,), (0,)))
-        return dqt + product(scr["kt"][head // lanes.G, :, keys], ds, ((1,), (0,)))
+        return dqt + product(scr["kt"][lanes.key_head(head), :, keys], ds, ((1,), (0,)))
 
     def start_of(_):
-        return jnp.zeros((lanes.H, step.cq), jnp.float32)
+        return jnp.zeros((lanes.H, step.tile.chunk), jnp.float32)
 
     def finish(dqt, chain):
         head, chunk = chain
         rows = pl.ds(head * lanes.H, lanes.H)
-        scr["dqt"][rows, pl.ds(chunk, step.cq)] = dqt * case.scale
+        scr["dqt"][rows, pl.ds(chunk, step.tile.chunk)] = dqt * case.scale
 
     forward.sweep(refs, step, start_of, scores, absorb, finish)
     dq = scr["dqt"][...].T
@@ -166,7 +165,7 @@ def _kernel(refs, out, scr, *, case, step):
         out["q"][0] = dq.astype(out["q"].dtype)
     else:
         _unprepare(refs, out, "q", lanes.split(dq), case.q, step, place[1])
-    at(blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale / factor))
+    at(step.blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale / factor))
 
 
 def _load(refs, out, scr, case, step):
@@ -191,11 +190,11 @@ def _load(refs, out, scr, case, step):
 def _load_gradient(refs, scr, block, step):
     """Lays out d_out, and makes the rows `lse` (in base 2) and `delta` of each query."""
     lanes, H = step.lanes, step.lanes.H
-    rest = step.T - block * step.bq  # Queries there are; the others hold anything.
-    uneven = step.T % step.bq > 0
+    rest = step.T - block * step.tile.queries  # Queries there are; the others hold anything.
+    uneven = step.T % step.tile.queries > 0
     g, y = refs["d_out"][0], refs["out"][0]
     if uneven:
-        row = lax.broadcasted_iota(jnp.int32, (step.bq, 1), 0) < rest
+        row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest
         g = jnp.where(row, g, jnp.zeros_like(g))
         for h in range(lanes.N):
             scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
@@ -211,7 +210,7 @@ def _load_gradient(refs, scr, block, step):
             d -= refs["d_lse"][0, 0, h : h + 1]
         l = lse[h : h + 1]
         if uneven:
-            column = lax.broadcasted_iota(jnp.int32, (1, step.bq), 1) < rest
+            column = lax.broadcasted_iota(jnp.int32, (1, step.tile.queries), 1) < rest
             d, l = jnp.where(column, d, 0.0), jnp.where(column, l, -LOW)
         scr["stats"][h, 0:1], scr["stats"][h, 1:2] = l, d
 
@@ -235,8 +234,11 @@ def _unprepare(refs, out, name, windows, side, step, block):
     done = []
     for g, x in zip(windows, lanes.split(refs[name][0]), strict=True):
         x = x.astype(jnp.float32)
-        if block is not None and step.T % step.bq:
-            row = lax.broadcasted_iota(jnp.int32, (step.bq, 1), 0) < step.T - block * step.bq
+        if block is not None and step.T % step.tile.queries:
+            row = (
+                lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0)
+                < step.T - block * step.tile.queries
+            )
             x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
         g, d_scale, d_shift = lanes.unprepare(g, x, read, side)
         done.append(g)

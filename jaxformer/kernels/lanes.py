@@ -61,9 +61,13 @@ class Lanes:
         """The inverse of `split`."""
         return jnp.concatenate([w[:, : self.heads * self.H] for w in windows], 1)
 
-    def window(self, head) -> Array:
-        """The window of a key head."""
-        return head // self.heads
+    def key_head(self, head):
+        """The key head of a query head."""
+        return _div(head, self.G)
+
+    def window(self, head):
+        """The window of a query head's keys."""
+        return _div(self.key_head(head), self.heads)
 
     def only(self, x: Array, head: int) -> Array:
         """A window of queries with query head `head` alone, in its key head's lanes."""
@@ -135,6 +139,11 @@ class Lanes:
         if case.centered:
             inner -= self._each(g)
         return inner * rate, d_scale, d_shift
+
+
+def _div(a, b: int):
+    """Of indices, which no one needs to round down: the kernels cannot."""
+    return a // b if isinstance(a, int) else lax.div(a, b)
 
 
 def sides(case: Case, lanes: Lanes) -> dict[str, dict[str, Array]]:

@@ -1,17 +1,9 @@
-"""How large the tiles of the kernels are, by device, head size and length, and which are seen."""
+"""How large the kernels' tiles are, by device, head size and length, and who is seen."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
-
-# TPU: how many (head, queries) chains of dependent work go side by side, how many
-# products are asked for ahead of the softmax that takes them, and how many tiles are
-# written out without a loop. Measured by the compiler's schedules, `docs/measured/tpu`.
-CHAINS = 4
-AHEAD = 2
-UNROLLED = 32
 
 
 def up(n: int, multiple: int) -> int:
@@ -19,34 +11,37 @@ def up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, biased: bool):
-    """Queries a step, queries a chunk, keys a tile, and lanes a step."""
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """How a TPU kernel cuts its work, measured by the compiler's schedules.
+
+    A grid step takes `queries`, in chunks of `chunk`, and heads that fill about `lanes`;
+    a tile is a chunk by `keys`. A chain of tiles waits for itself, so `chains` of them
+    (heads, chunks) go side by side, and products are asked for `ahead` of the softmax
+    that takes them. Up to `unrolled` tiles are written out without a loop.
+    """
+
+    queries: int
+    chunk: int
+    keys: int
+    lanes: int
+    chains: int = 4
+    ahead: int = 2
+    unrolled: int = 32
+
+
+def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
+    """For `T` queries and `S` keys of head size `H`."""
+    unrolled = 8 if backward else 32
     if masked:
-        bq = min(up(T, 128), 256) if T > 128 else T
-        return bq, bq, 256, 256
-    lanes = 512 if T <= 512 else max(128, 2 * H)
+        queries = T if T <= 256 else 256
+        return Tpu(queries, queries, 256, 256, unrolled=unrolled)
     if T <= 512:
-        return T, T, max(S, 1) if S <= 512 else 512, lanes
-    blocks = -(-T // 1024)
-    bq = min(T, up(-(-T // blocks), 256))
-    if bq == T:
-        cq = T if T % 512 else 512
-    else:
-        cq = 512 if bq % 512 == 0 else 256
-    return bq, cq, min(S, 512), lanes
-
-
-def tpu_parts(S: int, dtype) -> list[int]:
-    """Lengths of the parts that a row of keys is taken in, each small enough for VMEM."""
-    return [S]
-
-
-def tpu_compiler_params():
-    """Blocks of queries share the scratch of their keys; all else is independent."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=100 * 2**20,
-    )
+        return Tpu(T, T, min(S, 512), 512, ahead=3, unrolled=unrolled)
+    queries = min(T, up(-(-T // -(-T // 1024)), 256))
+    whole = T if queries == T else 256
+    chunk = 512 if queries % 512 == 0 else whole
+    return Tpu(queries, chunk, min(S, 512), max(128, 2 * H), unrolled=unrolled)
 
 
 def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:

@@ -59,7 +59,7 @@ def _kinds(args, trees, wanted) -> tuple[list[str], list[str]]:
     n, m = (tree.num_leaves for tree in trees)
     given = vars(jax.tree.unflatten(trees[0], args[:n])).values()
     learned = [kind for x, kind in zip(given, LEARNED, strict=True) if x is not None]
-    case, mask = jax.tree.unflatten(trees[1], args[n : n + m])
+    case, _ = jax.tree.unflatten(trees[1], args[n : n + m])
     turns = jax.tree.leaves((case.q, case.k, case.intervals))
     constants = ["1"] * len(turns) + ["0"] * (m - len(turns))  # As their fields stand.
     moving = [kind for kind, w in zip(learned, wanted, strict=True) if w] if wanted else []

@@ -141,7 +141,8 @@ class Segments(Mask):
     """Tokens see their own segment. Id 0 is padding, which neither sees nor is seen.
 
     The tokens of a segment stand side by side; padding may stand anywhere. Ids that are
-    at hand, and not traced, are checked for it. Shapes: `q_ids` `[B, T]`, `k_ids` `[B, S]`; without `k_ids` keys are the queries.
+    at hand, and not traced, are checked for it. Shapes: `q_ids` `[B, T]`, `k_ids`
+    `[B, S]`; without `k_ids` keys are the queries.
     """
 
     q_ids: Int[Array, "B T"]

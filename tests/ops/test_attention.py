@@ -92,7 +92,7 @@ CASES = {
     "packed, cross": Case(64, 7, mask=far(True)),
     "spans": Case(64, 64, mask=lambda T, S: Causal() | spans(T)),
     "spans alone": Case(64, 64, 72, mask=lambda T, S: spans(T)),
-    "spans, packed": Case(64, 64, mask=lambda T, S: (Causal() | spans(T)) & Segments(ids(2, T))),
+    "spans, packed": Case(mask=lambda T, S: (Causal() | spans(T)) & Segments(ids(2, T))),
     "block diffusion": Case(64, 64, 128, mask=lambda T, S: BlockDiffusion(5)),
     "scale and cap": Case(64, 64, scale=0.3, softcap=2.0),
     "bias": Case(64, 7, 64, 4, 2, bias=(2, 4)),

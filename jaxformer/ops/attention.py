@@ -164,7 +164,20 @@ def _attend(q, k, v, *, impl, lse, **options):
     return out, lse
 
 
-def _problem(q, k, v, *, mask, scale, softcap, bias, norm, angles, impl, lse):
+def _problem(
+    q,
+    k,
+    v,
+    *,
+    impl,
+    lse,
+    mask=None,
+    scale=None,
+    softcap=None,
+    bias=None,
+    norm=None,
+    angles=None,
+):
     """What is asked for, with padding made 0, and who is no padding, if one can tell."""
     mask = Full() if mask is None else mask
     check.shapes(q, k, v, mask, bias, norm, angles)
@@ -187,15 +200,16 @@ def _problem(q, k, v, *, mask, scale, softcap, bias, norm, angles, impl, lse):
     if mask.pads:
         shown = padding.shown(kept, intervals, T, S)
         q, k, v = padding.blank(q, k, v, *shown)
-    slopes = None
+    slopes, offset = None, 0
     if isinstance(bias, Alibi):
         slopes = jax.lax.stop_gradient(jnp.asarray(bias.slopes, jnp.float32))
+        bias, offset = None, bias.offset
     case = Case(
         *_sides(norm, angles),
         intervals=intervals,
-        bias=None if slopes is not None else bias,
+        bias=bias,
         slopes=slopes,
-        offset=bias.offset if isinstance(bias, Alibi) else 0,
+        offset=offset,
         scale=_scale(scale, H),
         softcap=softcap,
     )
@@ -212,9 +226,9 @@ def _scale(scale, H: int) -> float:
 
 
 def _sides(norm, angles) -> tuple[Side, Side]:
-    angles = angles if isinstance(angles, tuple) else (angles, angles)
-    pairs = zip(norm or (None, None), angles, strict=True)
-    return tuple(_side(n, a) for n, a in pairs)
+    q_norm, k_norm = norm or (None, None)
+    q_angles, k_angles = angles if isinstance(angles, tuple) else (angles, angles)
+    return _side(q_norm, q_angles), _side(k_norm, k_angles)
 
 
 def _side(norm: Norm | None, angles) -> Side:

@@ -1,18 +1,10 @@
 """Who computes an attention: the one place where a platform meets its kernels."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
-try:
-    from jaxformer.kernels import flash_tpu
-except ImportError:
-    flash_tpu = None
-try:
-    from jaxformer.kernels import flash_gpu
-except ImportError:
-    flash_gpu = None
+from jaxformer.kernels import flash_gpu, flash_tpu, flash_tpu_backward
 from jaxformer.kernels.case import Case
 from jaxformer.ops import chunked, cudnn, dense
 from jaxformer.ops.mask import Mask
@@ -20,7 +12,21 @@ from jaxformer.ops.mask import Mask
 Impl = Literal["auto", "reference", "chunked", "tpu", "gpu", "cudnn"]
 IMPLS: tuple[str, ...] = get_args(Impl)
 XLA = {"reference": dense, "chunked": chunked}
-KERNELS = {"tpu": (flash_tpu, "tpu"), "gpu": (flash_gpu, "cuda")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The two functions of `kernels.case`, and the platform that they run on."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    home: str
+
+
+KERNELS = {
+    "tpu": Kernel(flash_tpu.forward, flash_tpu_backward.backward, "tpu"),
+    "gpu": Kernel(flash_gpu.forward, flash_gpu.backward, "cuda"),
+}
 # What "auto" tries, by the platform that is compiled for; then XLA.
 ORDER = {"tpu": ("tpu",), "cuda": ("cudnn", "gpu")}
 
@@ -77,8 +83,8 @@ def forward(problem: Problem, platform: str | None):
             return XLA[name].forward(p.q, p.k, p.v, p.case, p.mask)
         if name == "cudnn":
             return cudnn.forward(p.q, p.k, p.v, p.case, p.how.causal)
-        kernel, interpret = _kernel(name, platform)
-        return kernel.forward(p.q, p.k, p.v, p.case, interpret=interpret)
+        kernel = KERNELS[name]
+        return kernel.forward(p.q, p.k, p.v, p.case, interpret=platform != kernel.home)
 
     return _first(problem, platform, run)
 
@@ -92,10 +98,9 @@ def backward(problem: Problem, out, lse, d_out, d_lse, platform: str | None):
             return XLA[name].backward(p.q, p.k, p.v, p.case, out, lse, d_out, d_lse, p.mask)
         if name == "cudnn":
             return cudnn.backward(p.q, p.k, p.v, p.case, p.how.causal, d_out)
-        kernel, interpret = _kernel(name, platform)
-        return kernel.backward(
-            p.q, p.k, p.v, p.case, out, lse, d_out, d_lse, interpret=interpret
-        )
+        kernel = KERNELS[name]
+        given = (p.q, p.k, p.v, p.case, out, lse, d_out, d_lse)
+        return kernel.backward(*given, interpret=platform != kernel.home)
 
     return _first(problem, platform, run)
 
@@ -117,10 +122,6 @@ def _first(problem: Problem, platform: str | None, run: Callable):
                 raise
             refused[name] = str(error)
             continue
-        if name in XLA and platform in ORDER:
-            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-            # Told once: Python shows the same warning of the same line a single time.
-            warnings.warn(f"attend uses XLA on {platform} ({reasons})", stacklevel=2)
         return found, Choice(name, refused)
     raise AssertionError("XLA can do every case")
 
@@ -143,8 +144,3 @@ def _xla(problem: Problem, platform) -> str:
     limit = DENSE_LOGITS_ON_DEVICE if platform in ORDER else DENSE_LOGITS
     logits = problem.q.shape[1] * problem.k.shape[1]
     return "reference" if logits <= limit else "chunked"
-
-
-def _kernel(name: str, platform: str | None):
-    kernel, home = KERNELS[name]
-    return kernel, platform != home

@@ -40,7 +40,7 @@ def forward(q, k, v, case: Case, causal: bool):
 
 def backward(q, k, v, case: Case, causal: bool, d_out) -> Gradients:
     """Gradients by cuDNN's own rule."""
-    _, pull = jax.vjp(lambda *x: run(*x, case, causal), q, k, v)
+    _, pull = jax.vjp(lambda q, k, v: run(q, k, v, case, causal), q, k, v)
     return Gradients(*pull(d_out))
 
 

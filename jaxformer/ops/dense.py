@@ -63,7 +63,7 @@ def prepare(side: Side, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """Normalises, then rotates, each in float32 and rounded to the dtype of `x`."""
     if side.scale is not None:
         x = Norm(side.scale, side.shift, side.epsilon, side.centered)(x)
-    return x if side.cos is None else turn(x, side.cos, side.sin)
+    return x if side.cos is None or side.sin is None else turn(x, side.cos, side.sin)
 
 
 def products(q, k, case: Case) -> Float[Array, "B K G T S"]:

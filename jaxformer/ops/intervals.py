@@ -5,6 +5,8 @@ the same: a start of 0 and a stop of S are kept plain, so that what needs no bou
 none. A set is a list of intervals; they may overlap, be empty or reach outside.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def is_all(interval: Interval, S: int) -> bool:
     return isinstance(start, int) and isinstance(stop, int) and start <= 0 and stop >= S
 
 
-def both(a: list[Interval], b: list[Interval], S: int) -> list[Interval]:
+def both(a: Sequence[Interval], b: Sequence[Interval], S: int) -> list[Interval]:
     """The keys of either set that the other set has too."""
     kept = []
     for start, stop in a:
@@ -33,7 +35,7 @@ def both(a: list[Interval], b: list[Interval], S: int) -> list[Interval]:
     return kept
 
 
-def either(a: list[Interval], b: list[Interval], S: int) -> list[Interval]:
+def either(a: Sequence[Interval], b: Sequence[Interval], S: int) -> list[Interval]:
     """The keys of one set or the other; intervals that begin, or end, alike become one."""
     whole = [i for i in (*a, *b) if is_all(i, S)]
     if whole:
@@ -52,7 +54,7 @@ def either(a: list[Interval], b: list[Interval], S: int) -> list[Interval]:
     return found
 
 
-def stack(found: list[Interval], T: int) -> Int[Array, "#B n T"]:
+def stack(found: Sequence[Interval], T: int) -> Int[Array, "#B n T"]:
     """Starts and stops below one another, as `kernels.case.Case` has them."""
     rows = [jnp.asarray(bound, jnp.int32) for interval in found for bound in interval]
     batch = max([1, *(row.shape[0] for row in rows if row.ndim == 2)])
@@ -96,12 +98,11 @@ def side_by_side(ids: np.ndarray) -> bool:
 def seen(intervals: Int[Array, "#B n T"], keys: Int[Array, " S"]) -> Array:
     """Which of the `keys` each query sees: bool `[#B, T, S]`."""
     keys = keys[None, None]
-    found = None
-    for n in range(0, intervals.shape[1], 2):
-        start, stop = intervals[:, n, :, None], intervals[:, n + 1, :, None]
-        inside = (keys >= start) & (keys < stop)
-        found = inside if found is None else found | inside
-    return found
+
+    def inside(n):
+        return (keys >= intervals[:, n, :, None]) & (keys < intervals[:, n + 1, :, None])
+
+    return inside(0) if intervals.shape[1] == 2 else inside(0) | inside(2)
 
 
 def covered(intervals: Int[Array, "#B n T"], S: int) -> tuple[Array, Array]:
@@ -131,6 +132,6 @@ def _pick(choose, a: Bound, b: Bound, idle: int | None = None) -> Bound:
     return choose(*(jnp.reshape(x, (1,) * (ndim - x.ndim) + x.shape) for x in (a, b)))
 
 
-def _alike(a: Array, b: Array) -> tuple[Array, Array]:
-    batch = max(a.shape[0], b.shape[0])
-    return tuple(jnp.broadcast_to(x, (batch, x.shape[1])) for x in (a, b))
+def _alike(*ids: Array) -> list[Array]:
+    batch = max(x.shape[0] for x in ids)
+    return [jnp.broadcast_to(x, (batch, x.shape[1])) for x in ids]

@@ -11,10 +11,12 @@ most two ranges of keys for each query, which is what a kernel reads.
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from jaxformer.ops import intervals as sets
@@ -55,7 +57,7 @@ class Mask(struct.PyTreeNode):
             return None
         return sets.stack(found, T)
 
-    def ranges(self, q: Int[Array, " T"], S: int) -> list[sets.Interval]:
+    def ranges(self, q: Int[Array, " T"], S: int) -> Sequence[sets.Interval]:
         """`intervals` before they are stacked; `q` is all queries in order."""
         raise NotImplementedError(f"{type(self).__name__} has no intervals")
 
@@ -154,8 +156,10 @@ class Segments(Mask):
         return (a == b) & (a != 0)
 
     def ranges(self, q, S):
-        alone = self.k_ids is None
-        start, stop = sets.runs(self.q_ids) if alone else sets.lookup(self.q_ids, self.k_ids)
+        if self.k_ids is None:
+            start, stop = sets.runs(self.q_ids)
+        else:
+            start, stop = sets.lookup(self.q_ids, self.k_ids)
         return [(start, jnp.where(self.q_ids == 0, start, stop))]
 
     @property
@@ -170,7 +174,7 @@ class Segments(Mask):
                     f"Segments.{name} has shape {ids.shape} and must have {length} "
                     "columns, one for each token"
                 )
-            if not isinstance(ids, jax.core.Tracer) and not sets.side_by_side(np.asarray(ids)):
+            if not isinstance(ids, Tracer) and not sets.side_by_side(np.asarray(ids)):
                 raise ValueError(
                     f"Segments.{name} {ids.shape} has an id in two places; the tokens of a "
                     "segment must stand side by side"
@@ -283,7 +287,7 @@ class Or(Mask):
         self.b.check(T, S)
 
 
-def _at_most_two(found: list[sets.Interval], mask: Mask) -> list[sets.Interval]:
+def _at_most_two(found: Sequence[sets.Interval], mask: And | Or) -> Sequence[sets.Interval]:
     if len(found) > sets.MOST:
         name = " and ".join(type(part).__name__ for part in (mask.a, mask.b))
         raise NotImplementedError(

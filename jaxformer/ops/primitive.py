@@ -13,6 +13,7 @@ compiled for its platform and nowhere else, and one set of residuals serves all 
 """
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -76,12 +77,25 @@ def _problem(learned: Gradients, rest: Case, mask, how: How) -> Problem:
     return Problem(*join(learned, rest), mask, how)
 
 
+def _tell(choice: choose.Choice, platform: str | None) -> None:
+    """Says that an accelerator's kernels were left, and why."""
+    if platform in choose.ORDER and choice.name in choose.XLA:
+        # Told once: Python shows the same warning of the same line a single time.
+        warnings.warn(f"attend on {platform}: {choice}", stacklevel=2)
+
+
+def _still(x) -> ad.Zero:
+    """The tangent of what does not move."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 # ---- forward
 
 
 def _forward(*args, platform, trees, how):
     learned, rest, mask, _ = _parts(args, trees)
-    (out, lse), _ = choose.forward(_problem(learned, rest, mask, how), platform)
+    (out, lse), choice = choose.forward(_problem(learned, rest, mask, how), platform)
+    _tell(choice, platform)
     return [out, lse]
 
 
@@ -97,7 +111,7 @@ def _forward_jvp(primals, tangents, *, trees, how):
     moving = tangents[: trees[0].num_leaves]
     wanted = tuple(type(t) is not ad.Zero for t in moving)
     if not any(wanted):
-        return [out, lse], [ad.Zero.from_primal_value(x) for x in (out, lse)]
+        return [out, lse], [_still(x) for x in (out, lse)]
     moving = [t for t, w in zip(moving, wanted, strict=True) if w]
     params = {"trees": trees, "how": how, "wanted": wanted}
     return [out, lse], tangent_p.bind(*primals, out, lse, *moving, **params)
@@ -140,7 +154,7 @@ def _tangent_jvp(primals, tangents, *, trees, how, wanted):
         moving = [ad.instantiate_zeros(t) for t in tangents[fixed:]]
         parts.append(bind(*primals[:fixed], *moving))
     if not parts:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
+        return out, [_still(x) for x in out]
     return out, [functools.reduce(jnp.add, xs) for xs in zip(*parts, strict=True)]
 
 
@@ -162,7 +176,9 @@ def _tangent_transpose(cotangents, *args, trees, how, wanted):
 def _backward(*args, platform, trees, how, with_lse):
     learned, rest, mask, (out, lse, d_out, *more) = _parts(args, trees)
     problem = _problem(learned, rest, mask, how)
-    found, _ = choose.backward(problem, out, lse, d_out, more[0] if more else None, platform)
+    d_lse = more[0] if more else None
+    found, choice = choose.backward(problem, out, lse, d_out, d_lse, platform)
+    _tell(choice, platform)
     types = jax.tree.leaves(learned)
     return [g.astype(x.dtype) for g, x in zip(jax.tree.leaves(found), types, strict=True)]
 

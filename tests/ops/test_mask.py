@@ -1,8 +1,13 @@
+import operator
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
+from jaxformer.ops import intervals as sets
 from jaxformer.ops.mask import (
     BlockDiffusion,
     Causal,
@@ -91,3 +96,107 @@ def test_part_of_a_mask_is_its_part():
 def test_other_lengths_are_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         mask.dense(4, 6)
+
+
+def check_intervals(mask, T, S):
+    """The lowering of a mask equals its meaning; says how many ranges it takes."""
+    dense = np.asarray(mask.dense(T, S))
+    intervals = mask.intervals(T, S)
+    if intervals is None:
+        assert dense.all()
+        return 0
+    assert intervals.dtype == jnp.int32 and intervals.shape[2] == T
+    seen = np.asarray(sets.seen(intervals, jnp.arange(S)))
+    assert (np.broadcast_to(seen, np.broadcast_shapes(seen.shape, dense.shape)) == dense).all()
+    rows, keys = sets.covered(intervals, S)
+    assert (np.asarray(rows) == seen.any(2)).all() and (np.asarray(keys) == seen.any(1)).all()
+    return intervals.shape[1] // 2
+
+
+SPANS = Spans(jnp.array([[1, 3, 2], [0, 1, 0]]), jnp.array([[3, 5, 4], [0, 5, 0]]))
+TWO = jnp.array([[1, 1, 2, 2, 0], [0, 3, 0, 2, 2]])
+ONE_RANGE = {
+    **{
+        name: mask
+        for name, (mask, _) in TABLE.items()
+        if not name.startswith(("full", "spans"))
+    },
+    "causal or prefix of rows": Causal() | Prefix(jnp.array([2, 5])),
+    "windows": Window(None, 1) | Window(None, 2),
+    "windows, right": Window(1, None) | Window(2, None),
+    "window or causal": Causal(-1) | Window(None, 1),
+    "segments with padding between": Segments(TWO),
+    "spans alone": SPANS,
+    "and of many": Causal() & Prefix(3) & Segments(TWO) & Window(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RANGE)
+def test_one_range_is_enough(name):
+    assert check_intervals(ONE_RANGE[name], 5, 5) == 1
+
+
+def test_two_ranges_and_none():
+    assert check_intervals(Full(), 5, 3) == 0
+    assert check_intervals(Full() | Causal(), 5, 5) == 0
+    assert check_intervals(Window(None, None), 5, 5) == 0
+    assert check_intervals(Full() & Causal(), 5, 5) == 1
+    assert check_intervals((Causal() | SPANS) & Segments(TWO), 5, 5) == 2
+    for T, size in ((8, 1), (8, 3), (10, 2), (10, 7)):
+        assert check_intervals(BlockDiffusion(size), T, T) == 2
+    cross = Segments(TWO, jnp.array([[2, 2, 1], [0, 4, 3]]))
+    assert check_intervals(cross, 5, 3) == 1
+
+
+def test_more_than_two_ranges_are_refused_with_the_reason():
+    mask = BlockDiffusion(2) | Window(1, 1)
+    with pytest.raises(NotImplementedError, match="Or of BlockDiffusion and Window takes 3"):
+        mask.intervals(6, 6)
+
+
+def test_padding_is_told_from_the_mask():
+    for mask in (Segments(IDS), Prefix(2), SPANS, Causal() & Prefix(2), Prefix(1) | SPANS):
+        assert mask.pads
+    for mask in (Full(), Causal(), Window(1, 1), BlockDiffusion(2), Causal() | SPANS):
+        assert not mask.pads
+
+
+def test_torn_segments_are_told_where_the_ids_are_at_hand():
+    torn = Segments(jnp.array([[1, 2, 1, 0, 0]]))
+    with pytest.raises(ValueError, match=r"q_ids \(1, 5\) has an id in two places"):
+        torn.check(5, 5)
+    jax.jit(lambda mask: mask.dense(5, 5))(torn)
+
+
+def random_masks(T, S):
+    index = st.integers(-3, max(T, S) + 3)
+
+    def rows(width, values):
+        row = st.lists(values, min_size=width, max_size=width)
+        return st.lists(row, min_size=2, max_size=2).map(lambda x: jnp.array(x, jnp.int32))
+
+    # Sorted ids stand side by side; 0 may stand between.
+    ids = lambda n: rows(n, st.integers(0, 4)).map(lambda x: jnp.sort(x, axis=1))  # noqa: E731
+    leaf = st.one_of(
+        st.just(Full()),
+        st.builds(Causal, index),
+        st.builds(Window, st.none() | st.integers(0, 4), st.none() | st.integers(0, 4)),
+        rows(1, index).map(lambda x: Prefix(x[:, 0])),
+        st.builds(Segments, ids(T), ids(S)),
+        st.builds(Spans, rows(2, index), rows(2, index)),
+    )
+    join = st.sampled_from([operator.and_, operator.or_])
+    return st.recursive(
+        leaf, lambda m: st.builds(lambda f, a, b: f(a, b), join, m, m), max_leaves=4
+    )
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.data())
+def test_the_ranges_of_random_masks_are_their_meaning(data):
+    T, S = data.draw(st.sampled_from([(1, 1), (1, 6), (6, 1), (5, 7)]))
+    mask = data.draw(random_masks(T, S))
+    try:
+        check_intervals(mask, T, S)
+    except NotImplementedError as error:
+        assert "ranges of keys a query" in str(error)

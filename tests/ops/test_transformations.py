@@ -1,7 +1,6 @@
 """What JAX can do to a function it can do to `attend`, whoever computes it."""
 
 import functools
-import types
 
 import chex
 import jax
@@ -51,8 +50,7 @@ def kernel(monkeypatch, unchecked):
         asked["backward"] += 1
         return kernel_backward(*args, **options)
 
-    stub = types.SimpleNamespace(forward=forward, backward=backward)
-    monkeypatch.setitem(choose.KERNELS, "stub", (stub, "tpu"))
+    monkeypatch.setitem(choose.KERNELS, "stub", choose.Kernel(forward, backward, "tpu"))
     monkeypatch.setattr(choose, "IMPLS", (*choose.IMPLS, "stub"))
     return asked
 

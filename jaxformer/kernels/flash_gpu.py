@@ -105,7 +105,8 @@ def backward(
     """
     p = Problem.of(q, k, v, case)
     case = _clipped(case, p)
-    delta = jnp.einsum("BTNH,BTNH->BNT", *(x.astype(jnp.float32) for x in (out, d_out)))
+    delta = out.astype(jnp.float32) * d_out.astype(jnp.float32)
+    delta = delta.sum(-1).swapaxes(1, 2)
     if d_lse is not None:
         delta -= d_lse.astype(jnp.float32)
     # A row without keys: against a sum of inf every weight is 0, whatever the logit.

@@ -59,8 +59,8 @@ def main() -> int:
     assert module is not None and name == options.pop("name")
     file = options.pop("json", None)
     command = " ".join(["python -m evaluate.speed", *sys.argv[1:]])
-    about = {"hardware": hardware(), "command": command, "commit": commit()}
-    found = {**about, **module.run(**options)}
+    measured = module.run(**options)  # It may choose the devices, so hardware comes after.
+    found = {"hardware": hardware(), "command": command, "commit": commit(), **measured}
     if file:
         path = pathlib.Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ def run(
         if jax.default_backend() != "gpu":
             raise SystemExit("--ruler gpu needs a GPU that jax sees; tpu and cpu need none")
         return {"ruler": ruler, **gpu.run(rounds, quick)}
+    jax.config.update("jax_platforms", "cpu")  # Also where there is more.
     if ruler == "tpu":
         from evaluate.speed import attention_tpu
 

@@ -114,7 +114,7 @@ def bytes_of_layers(chips: Iterable[str], quick: bool) -> list[dict]:
         chips, lengths, heads, (False, True), (False, True)
     ):
         shape = Shape(T, H)
-        sides = {"ours": None, "splash": rivals.splash(T, H), "XLA": rivals.named("xla")}
+        sides = {"ours": None, "splash": rivals.splash(T), "XLA": rivals.named("xla")}
         for side, attend in sides.items():
             fn, params = layer(shape, fused, attend)
             arguments = (params, shape.flat, shape.flat) if backward else (params, shape.flat)
@@ -195,7 +195,7 @@ def cycles_of_kernels(chips: Iterable[str], quick: bool) -> list[dict]:
             jobs.append(Job(chip, *ours(shape, backward=backward)))
             rows.append(row | {"side": "ours"})
             if T in LENGTHS:
-                attend = rivals.splash(T, H)
+                attend = rivals.splash(T)
                 jobs.append(Job(chip, *theirs(shape, attend, backward=backward)))
                 rows.append(row | {"side": "splash"})
     return _cycles(jobs, rows)
@@ -224,7 +224,7 @@ def price_of_masks(chips: Iterable[str], quick: bool) -> list[dict]:
                 if side == "ours":
                     made = ours(shape, mask if masked else None, backward=backward)
                 else:
-                    attend = rivals.splash(T, H, dense if masked else None)
+                    attend = rivals.splash(T, dense if masked else None)
                     made = theirs(shape, attend, backward=backward)
                 jobs.append(Job(chip, *made))
                 rows.append(
@@ -245,7 +245,7 @@ def search(chip: str, T: int, H: int, backward: bool, sizes=SIZES) -> dict:
     shape = Shape(T, H)
     sizes = sorted({min(s, T) for s in sizes})
     blocks = [b for b in itertools.product(sizes, repeat=3) if b[2] <= b[1]]
-    first = rivals.BLOCKS.get(("forward", T, H), blocks[-1])
+    first = rivals.BLOCKS.get(("forward", T), blocks[-1])
     jobs = []
     for b in blocks:
         attend = rivals.splash_with(T, first if backward else b, b)

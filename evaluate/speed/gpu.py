@@ -93,10 +93,12 @@ def case(T: int, H: int, name: str | None, rounds: int) -> list[dict]:
     q, k, v, dy = (jax.random.normal(key, (B, T, N, H), jnp.bfloat16) for key in keys)
     few = [x[:1, :, :2] for x in (q, k, v, dy)]
     dense = None if mask is None else mask.dense(T, T)
-    exact = passes(lambda q, k, v: rivals.exact(q, k, v, dense), True)(*few)
-    limits = errors(passes(sides(mask, T)["XLA"], True)(*few), exact)
+    wide = [x.astype(jnp.float32) for x in few]
+    exact = passes(lambda q, k, v: rivals.exact(q, k, v, dense), True)(*wide)
+    found = sides(mask, T)
+    limits = errors(passes(found["XLA"], True)(*few), exact)
     rows, times = [], {}
-    for side, fn in sides(mask, T).items():
+    for side, fn in found.items():
         row = {"T": T, "H": H, "B": B, "N": N, "mask": name, "area": area, "side": side}
         rows.append(row)
         try:

@@ -191,10 +191,10 @@ def random_masks(T, S):
     )
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.data())
 def test_the_ranges_of_random_masks_are_their_meaning(data):
-    T, S = data.draw(st.sampled_from([(1, 1), (1, 6), (6, 1), (5, 7)]))
+    T, S = data.draw(st.sampled_from([(1, 6), (5, 7)]))
     mask = data.draw(random_masks(T, S))
     try:
         check_intervals(mask, T, S)

@@ -16,6 +16,7 @@ implementation cannot do raises `NotImplementedError` with the reason.
 import dataclasses
 
 import jax
+import numpy as np
 from jax import Array
 
 
@@ -42,6 +43,23 @@ class Side:
         return self.scale is None and self.cos is None
 
 
+class Known:
+    """Intervals that are known before compiling: `[2 or 4, T]`, for every row of the batch.
+
+    A kernel may be written for them. Equal ones are one key of a compilation cache.
+    """
+
+    def __init__(self, intervals: np.ndarray):
+        self.intervals = np.asarray(intervals, np.int32)
+        self._key = self.intervals.shape, self.intervals.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, Known) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -50,6 +68,7 @@ class Case:
     `intervals` `[1 or B, 2 or 4, T]` int32: query `t` sees key `s` where
     `intervals[b, 0, t] <= s < intervals[b, 1, t]`, or so with rows 2 and 3; None: all
     keys. An interval may be empty, reach outside of the keys, or overlap the other.
+    `known`: the same, where they are no data.
     `bias` `[1 or B, 1 or N, T, S]`: added to the logits. `slopes` `[N]` float32: ALiBi,
     the logits lose `slopes[n] * abs(t + offset - s)`. `scale`: of the products.
     `softcap`: `c * tanh(logits / c)` after the scale.
@@ -63,6 +82,7 @@ class Case:
     offset: int = dataclasses.field(default=0, metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    known: Known | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -53,7 +53,7 @@ class Step:
     """The static facts of one grid step, shared by forward and backward.
 
     `T`, `S`: the lengths; `rows`: of key scratch; `masked`: tiles come from a list, and
-    those partly seen are masked.
+    those partly seen are masked. `spans`: of keys that each chunk sees, where known.
     """
 
     lanes: Lanes
@@ -61,10 +61,15 @@ class Step:
     T: int
     S: int
     masked: bool
+    spans: tiles.Spans | None = None
 
     @property
     def rows(self) -> int:
-        return tiles.up(self.S, self.tile.keys) if self.masked else self.S
+        return tiles.up(self.S, self.tile.keys) if self.listed else self.S
+
+    @property
+    def listed(self) -> bool:
+        return self.masked and self.spans is None
 
     @property
     def blocks(self) -> int:
@@ -93,6 +98,7 @@ def _forward(q, k, v, case, *, interpret):
         pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
         pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
         pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
+        pltpu.VMEM((lanes.N, 1, step.tile.queries), jnp.float32),
     ]
     out, lse = pl.pallas_call(
         functools.partial(_kernel, case=case, step=step),
@@ -112,6 +118,15 @@ def make_step(q, k, case, *, backward) -> Step:
     """Chooses tiles and heads a step."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     masked = case.intervals is not None
+    if masked and case.known is not None:
+        tile = tiles.tpu_known(T, S, H, backward=backward)
+        spans = tiles.spans(case.known.intervals, S, tile.chunk, tile.keys)
+        lanes = Lanes.of(N, K, H, tile.lanes)
+        if (
+            sum(size for chunk in spans for _, size, _ in chunk) * tile.chunk * lanes.N
+            <= tile.most
+        ):
+            return Step(lanes, tile, T, S, True, spans)
     tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
     return Step(Lanes.of(N, K, H, tile.lanes), tile, T, S, masked)
 
@@ -147,7 +162,8 @@ def inputs(q, k, v, case, step):
         b0 = 0 if x.shape[0] == 1 else 1
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
-        x = tiles.visits(x, step.S, bq, step.tile.keys)[:, :, None]
+    if step.listed:
+        x = tiles.visits(case.intervals, step.S, bq, step.tile.keys)[:, :, None]
         arrays["visits"] = x
         specs["visits"] = pl.BlockSpec(
             (1, 1, 1, x.shape[3]), lambda b, g, i: (b * b0, i, 0, 0), memory_space=pltpu.SMEM
@@ -231,11 +247,11 @@ def product(a, b, dimensions):
     )
 
 
-def logits(refs, q, k, place, head, chunk, start, case, step, masked):
+def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
 
     `place`: the group of heads and the block of queries. `head` counts in the step,
-    `chunk` and `start` are the first query and key, `masked`: not all keys are seen.
+    `chunk` and `start` are the first query and key; see `tiles.Spans` for `bounds`.
     """
     s, slope = product(k, q, ((1,), (1,))), None
     if case.softcap:
@@ -252,18 +268,22 @@ def logits(refs, q, k, place, head, chunk, start, case, step, masked):
         first = block * step.tile.queries + chunk + case.offset
         query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
         s -= steep * jnp.abs(query - index).astype(jnp.float32)
-    if not masked:
+    if not bounds:
         return s, None, slope
-    rows = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])]
-    seen = (index >= rows[0:1]) & (index < rows[1:2])
-    if rows.shape[0] == 4:
-        seen |= (index >= rows[2:3]) & (index < rows[3:4])
-    if step.rows > step.S:
-        seen &= index < step.S
-    return s, seen, slope
+    rows, seen = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])], []
+    for n in range(0, rows.shape[0], 2):
+        inside = []
+        if n in bounds:
+            inside.append(index >= rows[n : n + 1])
+        if n + 1 in bounds:
+            inside.append(index < rows[n + 1 : n + 2])
+        if inside:
+            seen.append(functools.reduce(jnp.logical_and, inside))
+    seen = functools.reduce(jnp.logical_or, seen)
+    return s, seen & (index < step.S) if step.rows > step.S else seen, slope
 
 
-def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
+def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case, step):
     lanes = step.lanes
     place = pl.program_id(1), pl.program_id(2)  # Not to be asked for inside of a loop.
 
@@ -277,11 +297,11 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         keys()
     load_queries(refs, q_scr, case, step)
 
-    def scores(chain, tile, masked):
+    def scores(chain, tile, bounds):
         (head, chunk), (start, size) = chain, tile
         q = q_scr[head, pl.ds(chunk, step.tile.chunk)]
         k = k_scr[lanes.window(head), pl.ds(start, size)]
-        return logits(refs, q, k, place, head, chunk, start, case, step, masked)
+        return logits(refs, q, k, place, head, chunk, start, case, step, bounds)
 
     def absorb(state, chain, tile, s, seen, _):
         (head, _), (start, size) = chain, tile
@@ -305,10 +325,12 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, *, case, step):
         rows = pl.ds(head * lanes.H, lanes.H)
         ot_scr[rows, pl.ds(chunk, step.tile.chunk)] = acc[: lanes.H] * (1 / safe)
         lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
-        lse_ref[0, 0, pl.ds(head, 1), pl.ds(chunk, step.tile.chunk)] = lse
+        lse_scr[head, :, pl.ds(chunk, step.tile.chunk)] = lse
 
     sweep(refs, step, start_of, scores, absorb, finish)
     o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
+    for h in range(lanes.N):
+        lse_ref[0, 0, h : h + 1] = lse_scr[h]
 
 
 def sweep(refs, step, start_of, scores, absorb, finish):
@@ -322,51 +344,58 @@ def sweep(refs, step, start_of, scores, absorb, finish):
     side = max(1, step.tile.chains // len(chunks))
     side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
 
-    def visit(states, chains, spans, masked):
-        items = list(itertools.product(spans, enumerate(chains)))
-        ready = {}
+    def visit(states, chains, spans):
+        """`spans`: for each chain some of the keys, as in `tiles.Spans`."""
+        rounds = itertools.zip_longest(*spans)
+        items = [(n, at) for some in rounds for n, at in enumerate(some) if at is not None]
+        ready = []
         for at in range(len(items) + ahead):
             if at < len(items):
-                tile, (_, chain) = items[at]
-                ready[at] = scores(chain, tile, masked)
+                n, (start, size, bounds) = items[at]
+                ready.append(scores(chains[n], (start, size), bounds))
             if at >= ahead:
-                tile, (n, chain) = items[at - ahead]
-                states[n] = absorb(states[n], chain, tile, *ready.pop(at - ahead))
+                n, (start, size, _) = items[at - ahead]
+                states[n] = absorb(states[n], chains[n], (start, size), *ready.pop(0))
         return states
 
     def heads(first):
         chains = [(first + h, c) for h in range(side) for c in chunks]
         states = [start_of(chain) for chain in chains]
-        states = (listed if step.masked else every)(states, chains)
+        if step.spans is not None:
+            spans = [step.spans[c // step.tile.chunk] for _, c in chains]
+            states = visit(states, chains, spans)
+        else:
+            states = (listed if step.masked else every)(states, chains)
         for state, chain in zip(states, chains, strict=True):
             finish(state, chain)
 
     def every(states, chains):
-        spans = [(s, min(step.tile.keys, step.S - s)) for s in range(0, step.S, step.tile.keys)]
+        keys = step.tile.keys
+        spans = [(s, min(keys, step.S - s), ()) for s in range(0, step.S, keys)]
         many = max(1, step.tile.unrolled // len(chains))
-        loops = len(spans) // many if len(spans) > many else 0
-        full = step.S // step.tile.keys
-        loops = min(loops, full // many)
+        loops = step.S // keys // many if len(spans) > many else 0
 
         def body(n, states):
-            base = pl.multiple_of(n * (many * step.tile.keys), step.tile.keys)
-            spans = [(base + m * step.tile.keys, step.tile.keys) for m in range(many)]
-            return visit(list(states), chains, spans, False)
+            base = pl.multiple_of(n * (many * keys), keys)
+            spans = [(base + m * keys, keys, ()) for m in range(many)]
+            return visit(list(states), chains, [spans] * len(chains))
 
         if loops:
             states = lax.fori_loop(0, loops, body, states)
-        return visit(list(states), chains, spans[loops * many :], False)
+        return visit(list(states), chains, [spans[loops * many :]] * len(chains))
 
     def listed(states, chains):
         visits = refs["visits"]
 
-        def body(masked, n, states):
+        def body(bounds, n, states):
             start = pl.multiple_of(visits[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
-            return visit(list(states), chains, [(start, step.tile.keys)], masked)
+            spans = [(start, step.tile.keys, bounds)]
+            return visit(list(states), chains, [spans] * len(chains))
 
         full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
-        states = lax.fori_loop(0, full, functools.partial(body, False), states)
-        return lax.fori_loop(full, total, functools.partial(body, True), states)
+        every_bound = tuple(range(refs["intervals"].shape[1]))
+        states = lax.fori_loop(0, full, functools.partial(body, ()), states)
+        return lax.fori_loop(full, total, functools.partial(body, every_bound), states)
 
     groups = step.lanes.N // side
     tiles_each = len(chunks) * side * pl.cdiv(step.S, step.tile.keys)

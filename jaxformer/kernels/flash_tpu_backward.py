@@ -125,12 +125,12 @@ def _kernel(refs, out, scr, *, case, step):
     if "bias" in out and step.masked:
         out["bias"][...] = jnp.zeros_like(out["bias"])  # Not every tile is visited.
 
-    def scores(chain, tile, masked):
+    def scores(chain, tile, bounds):
         (head, chunk), (start, size) = chain, tile
         window, keys = lanes.window(head), pl.ds(start, size)
         q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
         k, v = scr["k"][window, keys], scr["v"][window, keys]
-        found = forward.logits(refs, q, k, place, head, chunk, start, case, step, masked)
+        found = forward.logits(refs, q, k, place, head, chunk, start, case, step, bounds)
         return *found, product(v, g, ((1,), (1,)))
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):

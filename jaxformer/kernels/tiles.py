@@ -1,8 +1,10 @@
 """How large the kernels' tiles are, by device, head size and length, and who is seen."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -18,7 +20,8 @@ class Tpu:
     A grid step takes `queries`, in chunks of `chunk`, and heads that fill about `lanes`;
     a tile is a chunk by `keys`. A chain of tiles waits for itself, so `chains` of them
     (heads, chunks) go side by side, and products are asked for `ahead` of the softmax
-    that takes them. Up to `unrolled` tiles are written out without a loop.
+    that takes them. Up to `unrolled` tiles are written out without a loop; where the
+    intervals are known, up to `most` logits.
     """
 
     queries: int
@@ -28,20 +31,73 @@ class Tpu:
     chains: int = 4
     ahead: int = 2
     unrolled: int = 32
+    most: int = 0
 
 
 def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
     """For `T` queries and `S` keys of head size `H`."""
     unrolled = 8 if backward else 32
     if masked:
-        queries = T if T <= 256 else 256
-        return Tpu(queries, queries, 256, 256, unrolled=unrolled)
+        size = 256 if T < 2048 else 512
+        queries = min(T, size)
+        return Tpu(queries, queries, size, 256, unrolled=unrolled)
     if T <= 512:
         return Tpu(T, T, min(S, 512), 512, ahead=3, unrolled=unrolled)
     queries = min(T, up(-(-T // -(-T // 1024)), 256))
     whole = T if queries == T else 256
     chunk = 512 if queries % 512 == 0 else whole
     return Tpu(queries, chunk, min(S, 512), max(128, 2 * H), unrolled=unrolled)
+
+
+def tpu_known(T: int, S: int, H: int, *, backward: bool) -> Tpu:
+    """For intervals that are known: all queries in one step, written out tile by tile."""
+    chunk = T if T <= 256 else 256
+    most = 2_500_000 if backward else 5_000_000
+    return Tpu(up(T, chunk), chunk, 512, max(128, 2 * H), chains=64, ahead=6, most=most)
+
+
+# The keys each chunk of queries sees: (start, size, bounds). `bounds` are the rows of the
+# intervals that a query must be held against there; none, where all see all.
+Bounds = tuple[int, ...]
+Spans = tuple[tuple[tuple[int, int, Bounds], ...], ...]
+
+
+def spans(intervals: np.ndarray, S: int, chunk: int, most: int, grain: int = 128) -> Spans:
+    """The spans of known intervals, `[2 or 4, T]`, each of at most `most` keys.
+
+    They begin and end at multiples of `grain`, but for the last.
+    """
+    T = intervals.shape[1]
+    rows = [intervals[:, first : first + chunk] for first in range(0, T, chunk)]
+    return tuple(tuple(_spans(np.clip(r, 0, S), S, most, grain)) for r in rows)
+
+
+def _spans(rows: np.ndarray, S: int, most: int, grain: int):
+    """Joins neighbours that are held against the same bounds."""
+    start, cuts = 0, [*range(0, S, grain), S]
+    kinds = [_bounds(rows, a, b) for a, b in itertools.pairwise(cuts)]
+    for n, (kind, stop) in enumerate(zip(kinds, cuts[1:], strict=True)):
+        if stop == S or kinds[n + 1] != kind or stop - start >= most:
+            if kind is not None:
+                yield start, stop - start, kind
+            start = stop
+
+
+def _bounds(rows: np.ndarray, first: int, last: int) -> Bounds | None:
+    """What holds keys `first` to `last` back from some query; None: no query sees one."""
+    keys = np.arange(first, last)
+    starts, stops = rows[0::2, :, None], rows[1::2, :, None]
+    seen = (keys >= starts) & (keys < stops)
+    if not seen.any():
+        return None
+    if seen.any(0).all():
+        return ()
+    bounds = []
+    for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if seen[n].any():
+            bounds += [2 * n] if (start > first).any() else []
+            bounds += [2 * n + 1] if (stop < last).any() else []
+    return tuple(bounds)
 
 
 def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:
@@ -117,7 +173,7 @@ def gpu(kernel: str, T: int, S: int, H: int, dtype, *, laden: bool) -> Gpu:
         tile = Gpu(32, 32, 8, 1) if H <= 128 else Gpu(16, 16, 8, 1)
     else:
         table = GPU_LADEN if laden else GPU
-        tile = table[kernel, next(size for size in (64, 128, 256) if H <= size)]
+        tile = table[kernel, next(size for size in (64, 128, 256) if size >= H)]
     # A short array is one tile, of at least the 16 that tensor cores take.
     queries, keys = (max(16, 1 << (n - 1).bit_length()) for n in (T, S))
     return dataclasses.replace(

@@ -5,16 +5,21 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxformer.kernels.case import Case, Side
+from jaxformer.kernels.case import Case, Known, Side
 from jaxformer.ops import check, choose, dense, padding
 from jaxformer.ops.alibi import Alibi
 from jaxformer.ops.choose import How, Impl, Problem
 from jaxformer.ops.mask import Causal, Full, Mask
 from jaxformer.ops.norm import Norm
 from jaxformer.ops.spread import spread
+
+# For more queries than so many, no kernel is written out tile by tile.
+MOST_KNOWN = 4096
 
 Norms = tuple[Norm | None, Norm | None]
 Angles = Float[Array, "#B T h"] | tuple[Float[Array, "#B T h"], Float[Array, "#B S h"]]
@@ -188,7 +193,8 @@ def _problem(
     intervals, why_not = None, None
     if impl != "reference":
         try:
-            intervals = mask.intervals(T, S)
+            with jax.ensure_compile_time_eval():  # Where the mask holds no data.
+                intervals = mask.intervals(T, S)
             kept = None
         except NotImplementedError as error:
             kept, why_not = mask, str(error)
@@ -207,6 +213,7 @@ def _problem(
     case = Case(
         *_sides(norm, angles),
         intervals=intervals,
+        known=_known(intervals),
         bias=bias,
         slopes=slopes,
         offset=offset,
@@ -215,6 +222,13 @@ def _problem(
     )
     how = How(impl, causal=plain, lse=lse, why_not=why_not)
     return Problem(q, k, v, case, kept, how), shown
+
+
+def _known(intervals) -> Known | None:
+    """Intervals of all rows alike that are no data: a kernel may be written for them."""
+    if intervals is None or isinstance(intervals, Tracer) or intervals.shape[0] > 1:
+        return None
+    return Known(np.asarray(intervals)[0]) if intervals.shape[2] <= MOST_KNOWN else None
 
 
 def _scale(scale, H: int) -> float:

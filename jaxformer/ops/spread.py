@@ -33,7 +33,10 @@ def spread(q, k, v, case: Case, mask: Mask | None, how: How):
         why_not = "ALiBi over a sharded sequence" if mask is None else how.why_not
         return attention(q, k, v, case, mask, dataclasses.replace(how, why_not=why_not))
     if parts > 1:
-        how = dataclasses.replace(how, causal=False)
+        how, case = (
+            dataclasses.replace(how, causal=False),
+            dataclasses.replace(case, known=None),
+        )
     sharding.place(k.shape, "BTKH" if k.shape[1] == q.shape[1] else "B_KH")
     s = t if k.shape[1] % parts == 0 else None
     learned, rest = split(q, k, v, case)

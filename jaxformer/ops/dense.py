@@ -73,9 +73,11 @@ def products(q, k, case: Case) -> Float[Array, "B K G T S"]:
     batched product of plain matrices, which a CPU does twice as fast as the einsum.
     """
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    q = (q * case.scale).swapaxes(1, 2).reshape(B, K, N // K * T, H)
+    single = q.dtype == jnp.float32  # Where it is less, the scale would round q again.
+    q = (q * case.scale if single else q).swapaxes(1, 2).reshape(B, K, N // K * T, H)
     logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, N // K, T, S)
+    logits = logits if single else logits * case.scale
     cap = case.softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 

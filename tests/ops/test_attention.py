@@ -268,7 +268,8 @@ def far_from(found, exact) -> float:
 def table():
     for impl, names in IMPLEMENTATIONS.items():
         for name in names:
-            marks = [pytest.mark.slow] if name in SLOW else []
+            slow = name in SLOW or (name == "all" and impl in choose.KERNELS)
+            marks = [pytest.mark.slow] if slow else []
             yield pytest.param(impl, name, id=f"{name}-{impl}", marks=marks)
 
 

@@ -119,7 +119,7 @@ SLOW = {"1025", "1025 cross in half"}
 # interpreted, which is slow, and their own tests have more of them.
 EVERY = tuple(CASES)
 MORE = (
-    "cross", "multi-query", "causal in half", "packed", "spans", "scale and cap", "bias",
+    "cross", "causal in half", "spans, packed", "spans", "scale and cap", "bias",
     "alibi with a past", "all", "1025",
 )  # fmt: skip
 SOME = ("cross", "causal in half", "spans", "all")

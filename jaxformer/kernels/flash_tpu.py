@@ -19,25 +19,29 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.kernels import tiles
+from jaxformer.kernels import parts, tiles
 from jaxformer.kernels.case import Case
 from jaxformer.kernels.lanes import Lanes, sides
 
 LOG2E = math.log2(math.e)
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
+VMEM = 112 * 2**20  # Bytes a kernel may hold, of 128 MiB.
 SPARE = 16 * 2**20  # Bytes of VMEM for what the compiler holds in between.
 
 
 def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
     """Attention and its logsumexp, see `jaxformer.kernels.case`.
 
+    A row of keys that VMEM cannot hold is taken in parts.
+
     Raises:
       NotImplementedError: a head size that is not a multiple of 8 up to 256, or a dtype
         other than bfloat16 and float32.
     """
     check(q)
-    return _forward(q, k, v, case, interpret=interpret)
+    run = functools.partial(_forward, interpret=interpret)
+    return parts.forward(run, q, k, v, case, cut(q, k, case, backward=False))
 
 
 def check(q: Array) -> None:
@@ -131,6 +135,20 @@ def make_step(q, k, case, *, backward) -> Step:
     return Step(Lanes.of(N, K, H, tile.lanes), tile, T, S, masked)
 
 
+def cut(q, k, case, *, backward) -> list[slice]:
+    """Parts of the keys, each short enough to lie in VMEM whole."""
+    step = make_step(q, k, case, backward=backward)
+    lanes, size = step.lanes, k.dtype.itemsize
+    flat, wide = lanes.K * lanes.H, lanes.K // lanes.heads * lanes.width
+    row = 4 * flat * size + wide * size + (flat + lanes.K * ONES) * size
+    if backward:
+        row += 4 * flat * size + wide * (size + 8)
+    if case.k.cos is not None:
+        row += 16 * lanes.width
+    block = step.tile.queries * (flat * lanes.G * (12 if backward else 8) * size)
+    return parts.cut(step.S, max(512, (VMEM - SPARE - block) // row // 512 * 512))
+
+
 def compiler_params(arrays, specs, scratch):
     """Blocks of queries share the scratch of their keys; all else is independent.
 
@@ -157,13 +175,16 @@ def inputs(q, k, v, case, step):
         "k": whole,
         "v": whole,
     }
-    if step.masked:
-        x = case.intervals
-        b0 = 0 if x.shape[0] == 1 else 1
+    if case.intervals is not None:
+        x, b0 = case.intervals, int(case.intervals.shape[0] > 1)
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
-    if step.listed:
-        x = tiles.visits(case.intervals, step.S, bq, step.tile.keys)[:, :, None]
+    if case.intervals is not None and step.listed:
+        x, b0 = (
+            tiles.visits(case.intervals, S, bq, step.tile.keys),
+            int(case.intervals.shape[0] > 1),
+        )
+        x = x[:, :, None]
         arrays["visits"] = x
         specs["visits"] = pl.BlockSpec(
             (1, 1, 1, x.shape[3]), lambda b, g, i: (b * b0, i, 0, 0), memory_space=pltpu.SMEM
@@ -199,20 +220,20 @@ def read_side(refs) -> dict[str, Array]:
     return {name: ref[0] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
 
 
-def prepared(lanes, x, refs, side, factor=1.0):
-    """Windows of queries or keys, normalised, rotated and scaled in float32."""
-    if side.plain and factor == 1.0:
-        return lanes.split(x)
+def prepared(lanes, ref, refs, side, factor=1.0):
+    """Windows of queries or keys one by one, normalised, rotated and scaled in float32."""
     read = read_side(refs)
-    return [
-        (lanes.prepare(w.astype(jnp.float32), read, side) * factor).astype(x.dtype)
-        for w in lanes.split(x)
-    ]
+    for w in lanes.split(ref.at[0]):
+        if side.plain and factor == 1.0:
+            yield w
+        else:
+            x = lanes.prepare(w.astype(jnp.float32), read, side) * factor
+            yield x.astype(w.dtype)
 
 
 def load_keys(refs, k_scr, case, step):
     """Prepares the keys of a step, once for all blocks of queries."""
-    for u, w in enumerate(prepared(step.lanes, refs["k"][0], refs["sides"]["k"], case.k)):
+    for u, w in enumerate(prepared(step.lanes, refs["k"], refs["sides"]["k"], case.k)):
         if step.rows > step.S:
             k_scr[u, step.S // 16 * 16 :] = jnp.zeros_like(k_scr[u, step.S // 16 * 16 :])
         k_scr[u, : step.S] = w
@@ -234,9 +255,10 @@ def load_queries(refs, q_scr, case, step):
     """Prepares a block of queries: one window a head, scaled, the others' lanes 0."""
     lanes = step.lanes
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
-    windows = prepared(lanes, refs["q"][0], refs["sides"]["q"], case.q, factor)
-    for h in range(lanes.N):
-        q_scr[h] = lanes.only(windows[h // lanes.heads], h)
+    windows = prepared(lanes, refs["q"], refs["sides"]["q"], case.q, factor)
+    for u, w in enumerate(windows):
+        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
+            q_scr[h] = lanes.only(w, h)
 
 
 def product(a, b, dimensions):

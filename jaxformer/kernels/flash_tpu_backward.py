@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import flash_tpu as forward
+from jaxformer.kernels import parts
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOG2E, LOW, product
 
@@ -37,6 +38,12 @@ def backward(
       NotImplementedError: as `flash_tpu.forward`.
     """
     forward.check(q)
+    run = functools.partial(_backward, interpret=interpret)
+    cut = forward.cut(q, k, case, backward=True)
+    return parts.backward(run, q, k, v, case, out, lse, d_out, d_lse, cut)
+
+
+def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     step = forward.make_step(q, k, case, backward=True)
     lanes, flat = step.lanes, step.flat
@@ -172,7 +179,7 @@ def _load(refs, out, scr, case, step):
     """Lays out keys and values, and clears what grows."""
     lanes, S, H = step.lanes, step.S, step.lanes.H
     forward.load_keys(refs, scr["k"], case, step)
-    for u, w in enumerate(lanes.split(refs["v"][0])):
+    for u, w in enumerate(lanes.split(refs["v"].at[0])):
         if step.rows > S:
             scr["v"][u, S // 16 * 16 :] = jnp.zeros_like(scr["v"][u, S // 16 * 16 :])
         scr["v"][u, :S] = w
@@ -198,9 +205,9 @@ def _load_gradient(refs, scr, block, step):
         g = jnp.where(row, g, jnp.zeros_like(g))
         for h in range(lanes.N):
             scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
-    windows = lanes.split(g)
-    for h in range(lanes.N):
-        scr["d_out"][h] = lanes.only(windows[h // lanes.heads], h)
+    for u, w in enumerate(lanes.split(g)):
+        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
+            scr["d_out"][h] = lanes.only(w, h)
     lse = refs["lse"][0, 0] * LOG2E
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     delta = (g.astype(jnp.float32) * y.astype(jnp.float32)).T
@@ -232,7 +239,7 @@ def _unprepare(refs, out, name, windows, side, step, block):
     lanes = step.lanes
     read = forward.read_side(refs["sides"][name])
     done = []
-    for g, x in zip(windows, lanes.split(refs[name][0]), strict=True):
+    for g, x in zip(windows, lanes.split(refs[name].at[0]), strict=True):
         x = x.astype(jnp.float32)
         if block is not None and step.T % step.tile.queries:
             row = (

@@ -8,6 +8,7 @@ zero, so a product over a whole window is the product over one head, and costs t
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -48,14 +49,18 @@ class Lanes:
         """Query heads in the step."""
         return self.G * self.K
 
-    def split(self, x: Array) -> list[Array]:
-        """`[rows, n * H]` -> n / heads windows `[rows, width]`, zero where there is no head."""
+    def split(self, x) -> Iterator[Array]:
+        """`[rows, n * H]` -> n / heads windows `[rows, width]`, zero where there is no head.
+
+        `x` is an array, or the view of one in VMEM, which is then read window by window.
+        """
         size = self.heads * self.H
-        parts = [x[:, i : i + size] for i in range(0, x.shape[1], size)]
-        if size == self.width:
-            return parts
-        spare = jnp.zeros((x.shape[0], self.width - size), x.dtype)
-        return [jnp.concatenate([part, spare], 1) for part in parts]
+        for start in range(0, x.shape[1], size):
+            part = x[:, start : start + size]
+            if size < self.width:
+                spare = jnp.zeros((part.shape[0], self.width - size), part.dtype)
+                part = jnp.concatenate([part, spare], 1)
+            yield part
 
     def join(self, windows: list[Array]) -> Array:
         """The inverse of `split`."""

@@ -282,7 +282,12 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     if case.bias is not None:
         n = head if refs["bias"].shape[1] > 1 else 0
         bias = refs["bias"][0, n, pl.ds(chunk, q.shape[0]), pl.ds(start, k.shape[0])]
-        s += bias.astype(jnp.float32).T * LOG2E
+        bias = bias.astype(jnp.float32).T * LOG2E
+        if step.T % step.tile.queries:  # Beyond the queries lies anything, and NaN stays.
+            first = place[1] * step.tile.queries + chunk
+            query = first + lax.broadcasted_iota(jnp.int32, (1, q.shape[0]), 1)
+            bias = jnp.where(query < step.T, bias, 0.0)
+        s += bias
     index = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
     if case.slopes is not None:
         group, block = place

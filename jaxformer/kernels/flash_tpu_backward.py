@@ -209,12 +209,13 @@ def _load_gradient(refs, scr, block, step):
         for h in range(u * lanes.heads, (u + 1) * lanes.heads):
             scr["d_out"][h] = lanes.only(w, h)
     lse = refs["lse"][0, 0] * LOG2E
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    some = lse > -jnp.inf  # Rows with keys.
+    lse = jnp.where(some, lse, 0.0)
     delta = (g.astype(jnp.float32) * y.astype(jnp.float32)).T
     for h in range(lanes.N):
         d = delta[h * H : (h + 1) * H].sum(0, keepdims=True)
         if "d_lse" in refs:
-            d -= refs["d_lse"][0, 0, h : h + 1]
+            d -= jnp.where(some[h : h + 1], refs["d_lse"][0, 0, h : h + 1], 0.0)
         l = lse[h : h + 1]
         if uneven:
             column = lax.broadcasted_iota(jnp.int32, (1, step.tile.queries), 1) < rest
@@ -236,16 +237,17 @@ def _store(refs, out, scr, case, step, factor):
 
 def _unprepare(refs, out, name, windows, side, step, block):
     """Takes gradients back through rotation and norm, and sums those of its weights."""
-    lanes = step.lanes
+    lanes, row = step.lanes, None
     read = forward.read_side(refs["sides"][name])
+    if block is not None and step.T % step.tile.queries:
+        rest = step.T - block * step.tile.queries  # The other rows hold anything.
+        row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest
+        angles = {n: jnp.where(row, x, 0.0) for n, x in read.items() if n in ("cos", "sin")}
+        read |= angles
     done = []
     for g, x in zip(windows, lanes.split(refs[name].at[0]), strict=True):
         x = x.astype(jnp.float32)
-        if block is not None and step.T % step.tile.queries:
-            row = (
-                lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0)
-                < step.T - block * step.tile.queries
-            )
+        if row is not None:
             x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
         g, d_scale, d_shift = lanes.unprepare(g, x, read, side)
         done.append(g)

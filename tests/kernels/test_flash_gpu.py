@@ -13,102 +13,15 @@ import numpy as np
 import pytest
 
 from jaxformer.kernels import flash_gpu, flash_gpu_backward
-from jaxformer.kernels.case import Case, Side
+from jaxformer.kernels.case import Case
 from jaxformer.kernels.flash_gpu_tile import Problem, split, width
 from jaxformer.kernels.flash_gpu_visits import Visits, clip, kinds
 from jaxformer.kernels.tiles import Gpu
+from tests.kernels.dense import Sizes, differentiated, draw, side, spans, window
 
 # Little is computed here, so that compiling is what takes time.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 jit = functools.partial(jax.jit, compiler_options=FAST)
-
-
-def prepared(x, side: Side):
-    """Norm and rotation, as `Case` has them."""
-    x, wide = x.astype(jnp.float32), (None,) * 3
-    if side.scale is not None:
-        x -= x.mean(-1, keepdims=True) if side.centered else 0
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + side.epsilon)
-        x = x * side.scale[wide] + (0 if side.shift is None else side.shift[wide])
-    if side.cos is not None:
-        (a, b), cos, sin = jnp.split(x, 2, -1), side.cos[:, :, None], side.sin[:, :, None]
-        x = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    return x
-
-
-def dense(q, k, v, case: Case):
-    """Attention with all of its logits, in float32, as `Case` describes it."""
-    (T, N), (S, K) = q.shape[1:3], k.shape[1:3]
-    q, k = prepared(q, case.q), jnp.repeat(prepared(k, case.k), N // K, 2)
-    y = jnp.einsum("BTNH,BSNH->BNTS", q, k) * case.scale
-    if case.softcap is not None:
-        y = case.softcap * jnp.tanh(y / case.softcap)
-    if case.bias is not None:
-        y += case.bias.astype(jnp.float32)
-    t, s = jnp.arange(T)[:, None], jnp.arange(S)[None]
-    if case.slopes is not None:
-        y -= case.slopes[None, :, None, None] * jnp.abs(t + case.offset - s)[None, None]
-    if case.intervals is not None:
-        ends = case.intervals[..., None]
-        pairs = zip(ends.swapaxes(0, 1)[::2], ends.swapaxes(0, 1)[1::2], strict=True)
-        seen = sum((a <= s[None]) & (s[None] < z) for a, z in pairs) > 0
-        y = jnp.where(seen[:, None], y, -jnp.inf)
-    top = y.max(-1, keepdims=True)
-    weights = jnp.exp(y - jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top)))
-    total = weights.sum(-1, keepdims=True)
-    some = total > 0
-    weights /= jnp.where(some, total, 1)
-    values = jnp.repeat(v.astype(jnp.float32), N // K, 2)
-    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jax.lax.stop_gradient(top), 0)
-    out = jnp.einsum("BNTS,BSNH->BTNH", weights, values)
-    return out, jnp.where(some, lse, -jnp.inf)[..., 0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    B: int
-    T: int
-    S: int
-    N: int
-    K: int
-    H: int
-    dtype: str = "float32"
-
-    def arrays(self):
-        """q, k, v and the gradients by out and by lse."""
-        B, T, S, N, K, H = dataclasses.astuple(self)[:6]
-        shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H)
-        arrays = [draw(i, *shape).astype(self.dtype) for i, shape in enumerate(shapes)]
-        return *arrays, draw(4, B, N, T)
-
-
-def draw(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def side(seed: int, T: int, H: int, norm: bool, shift=False, rotary=False, centered=False):
-    angles = draw(seed, 1, T, H // 2)
-    return Side(
-        1 + 0.3 * draw(seed + 1, H) if norm else None,
-        draw(seed + 2, H) if shift else None,
-        jnp.cos(angles) if rotary else None,
-        jnp.sin(angles) if rotary else None,
-        centered,
-        1e-3,
-    )
-
-
-def window(T: int, left: int, right: int):
-    t = jnp.arange(T)
-    return jnp.stack([t - left, t + right])[None]
-
-
-def spans(T: int, S: int):
-    """Two intervals a row that overlap, touch, are empty, reversed, or outside."""
-    draws = np.random.default_rng(0).integers(-9, S + 9, (2, 4, T))
-    draws[:, :, : T // 3] = np.array([0, 20, S - 4, S + 30])[None, :, None]
-    draws[1, :, T // 2 :] = 5  # Rows without keys.
-    return jnp.asarray(draws, jnp.int32)
 
 
 CASES = {
@@ -188,29 +101,12 @@ def test_equals_dense(name, request):
         back = flash_gpu.backward(q, k, v, case, out, lse, d_out, d_lse, interpret=True)
         return out, lse, back
 
-    @jit
-    def reference(q, k, v, case, d_out, d_lse):
-        intervals, case = case.intervals, dataclasses.replace(case, intervals=None)
-
-        def f(q, k, v, case):
-            case = dataclasses.replace(case, intervals=intervals)
-            out, lse = dense(q, k, v, case)
-            loss = (out * d_out.astype(jnp.float32)).sum()
-            loss += (jnp.where(lse == -jnp.inf, 0, lse) * d_lse).sum()
-            return loss, (out, lse)
-
-        return jax.grad(f, (0, 1, 2, 3), has_aux=True)(q, k, v, case)
-
     out, lse, back = kernel(q, k, v, case, d_out, d_lse)
-    (d_q, d_k, d_v, d_case), (whole, sums) = reference(q, k, v, case, d_out, d_lse)
+    whole, sums, expected = jit(differentiated)(q, k, v, case, d_out, d_lse)
     assert out.dtype == q.dtype
     same(out, whole, sizes.dtype, "out")
     same(lse, sums, sizes.dtype, "lse")
-    expected = {"q": d_q, "k": d_k, "v": d_v, "bias": d_case.bias}
-    for side_name in ("q", "k"):
-        for weight in ("scale", "shift"):
-            expected[f"{side_name}_{weight}"] = getattr(getattr(d_case, side_name), weight)
-    for what, value in expected.items():
+    for what, value in vars(expected).items():
         if value is None:
             assert getattr(back, what) is None, what
         else:

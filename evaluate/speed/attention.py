@@ -28,6 +28,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chips", nargs="+", choices=("v5e", "v5p", "v6e"), help="of the tpu ruler"
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("layers", "kernels", "masks"),
+        help="of the tpu ruler, which takes hours for all",
+    )
+    parser.add_argument("--sides", nargs="+", choices=("ours", "splash", "XLA"))
+    parser.add_argument("--lengths", nargs="+", type=int, help="of the tpu ruler's layers")
 
 
 def run(
@@ -35,6 +43,7 @@ def run(
     ruler: str | None = None,
     quick: bool = False,
     chips: Sequence[str] = ("v5e", "v5p", "v6e"),
+    **which,
 ) -> dict:
     """Measures by one ruler and prints its table."""
     ruler = ruler or ("gpu" if jax.default_backend() == "gpu" else "cpu")
@@ -49,7 +58,7 @@ def run(
         from evaluate.speed import attention_tpu
 
         compiler = {"libtpu": importlib.metadata.version("libtpu"), "chips": list(chips)}
-        return {"ruler": ruler, **compiler, **attention_tpu.run(chips, quick)}
+        return {"ruler": ruler, **compiler, **attention_tpu.run(chips, quick, **which)}
     return {"ruler": ruler, "rounds": rounds, **cpu(rounds, quick)}
 
 

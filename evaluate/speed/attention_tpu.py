@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jaxformer.kernels.case import Case
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.ops import rotary
+from jaxformer.ops.attention import known
 from jaxformer.ops.mask import BlockDiffusion, Causal, Mask, Prefix, Segments
 
 TOKENS, WIDTH = 16_384, 1_024
@@ -106,9 +107,11 @@ def both_ways(layer: Callable) -> Callable:
     return step
 
 
-def bytes_of_layers(chips: Iterable[str], quick: bool) -> list[dict]:
+def bytes_of_layers(
+    chips: Iterable[str], quick: bool, only: Collection[str], lengths: Sequence[int] = LENGTHS
+) -> list[dict]:
     """HBM bytes of attention layers in X, ours beside splash's and XLA's."""
-    lengths, heads = ((1024,), (64,)) if quick else (LENGTHS, HEADS)
+    lengths, heads = ((1024,), (64,)) if quick else (lengths, HEADS)
     jobs, rows = [], []
     for chip, T, H, fused, backward in itertools.product(
         chips, lengths, heads, (False, True), (False, True)
@@ -116,6 +119,8 @@ def bytes_of_layers(chips: Iterable[str], quick: bool) -> list[dict]:
         shape = Shape(T, H)
         sides = {"ours": None, "splash": rivals.splash(T), "XLA": rivals.named("xla")}
         for side, attend in sides.items():
+            if side not in only:
+                continue
             fn, params = layer(shape, fused, attend)
             arguments = (params, shape.flat, shape.flat) if backward else (params, shape.flat)
             jobs.append(Job(chip, both_ways(fn) if backward else fn, arguments))
@@ -144,8 +149,10 @@ def ours(shape: Shape, mask: Mask | None = None, *, backward: bool) -> tuple[Cal
     arrays = (shape.heads,) * 3 + ((shape.heads, lse, shape.heads, lse) if backward else ())
     extra = () if intervals is None else (np.asarray(intervals),)
 
+    facts = None if mask is None else known(mask, intervals)
+
     def fn(q, k, v, *rest):
-        case = Case(intervals=rest[-1] if extra else None, scale=shape.H**-0.5)
+        case = Case(intervals=rest[-1] if extra else None, known=facts, scale=shape.H**-0.5)
         if not backward:
             return flash_tpu.forward(q, k, v, case)
         out, lse, d_out, d_lse = rest[:4]
@@ -185,7 +192,7 @@ def cycles(program: Program, chip: str, shape: Shape, backward: bool) -> dict:
     }
 
 
-def cycles_of_kernels(chips: Iterable[str], quick: bool) -> list[dict]:
+def cycles_of_kernels(chips: Iterable[str], quick: bool, only: Collection[str]) -> list[dict]:
     """Cycles a head of kernels by their final schedules, ours beside splash's."""
     heads = (64,) if quick else (64, 128)
     jobs, rows = [], []
@@ -194,7 +201,7 @@ def cycles_of_kernels(chips: Iterable[str], quick: bool) -> list[dict]:
             shape, row = Shape(T, H), {"chip": chip, "T": T, "H": H, "backward": backward}
             jobs.append(Job(chip, *ours(shape, backward=backward)))
             rows.append(row | {"side": "ours"})
-            if T in LENGTHS:
+            if T in LENGTHS and "splash" in only:
                 attend = rivals.splash(T)
                 jobs.append(Job(chip, *theirs(shape, attend, backward=backward)))
                 rows.append(row | {"side": "splash"})
@@ -212,7 +219,7 @@ def _cycles(jobs: list[Job], rows: list[dict]) -> list[dict]:
     return rows
 
 
-def price_of_masks(chips: Iterable[str], quick: bool) -> list[dict]:
+def price_of_masks(chips: Iterable[str], quick: bool, only: Collection[str]) -> list[dict]:
     """Cycles by useful area of structured masks, against no mask at the same length."""
     heads = (64,) if quick else (64, 128)
     jobs, rows = [], []
@@ -221,6 +228,8 @@ def price_of_masks(chips: Iterable[str], quick: bool) -> list[dict]:
             shape, mask = Shape(T, H), make()
             dense = np.asarray(mask.dense(T, T))[0]
             for side, masked in itertools.product(("ours", "splash"), (True, False)):
+                if side not in only:
+                    continue
                 if side == "ours":
                     made = ours(shape, mask if masked else None, backward=backward)
                 else:
@@ -258,16 +267,28 @@ def search(chip: str, T: int, H: int, backward: bool, sizes=SIZES) -> dict:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def run(chips: Iterable[str], quick: bool) -> dict:
-    """Everything that can be told of attention on TPUs from here."""
-    chips = list(chips)
-    print(f"HBM bytes of a layer, {TOKENS:,} tokens, in X = one [B, T, D]")
-    layers = bytes_of_layers(chips, quick)
-    print("cycles a head, by the final schedule")
-    kernels = cycles_of_kernels(chips[-1:], quick)
-    print("structured masks")
-    masks = price_of_masks(chips[-1:], quick)
-    return {"layers": layers, "kernels": kernels, "masks": masks}
+PARTS = {"layers": bytes_of_layers, "kernels": cycles_of_kernels, "masks": price_of_masks}
+TITLES = {
+    "layers": f"HBM bytes of a layer, {TOKENS:,} tokens, in X = one [B, T, D]",
+    "kernels": "cycles a head, by the final schedule",
+    "masks": "structured masks",
+}
+
+
+def run(
+    chips: Iterable[str],
+    quick: bool,
+    parts: Iterable[str] = tuple(PARTS),
+    sides: Iterable[str] = ("ours", "splash", "XLA"),
+    lengths: Iterable[int] = LENGTHS,
+) -> dict:
+    """Everything that can be told of attention on TPUs from here, or some parts of it."""
+    found = {}
+    for part in parts:
+        print(TITLES[part], flush=True)
+        more = {"lengths": tuple(lengths)} if part == "layers" else {}
+        found[part] = PARTS[part](list(chips), quick, tuple(sides), **more)
+    return found
 
 
 def _told(row: dict, value: str) -> str:

@@ -220,15 +220,14 @@ def read_side(refs) -> dict[str, Array]:
     return {name: ref[0] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
 
 
-def prepared(lanes, ref, refs, side, factor=1.0):
-    """Windows of queries or keys one by one, normalised, rotated and scaled in float32."""
+def prepared(lanes, ref, refs, side):
+    """Windows of queries or keys one by one, normalised and rotated in float32."""
     read = read_side(refs)
     for w in lanes.split(ref.at[0]):
-        if side.plain and factor == 1.0:
+        if side.plain:
             yield w
         else:
-            x = lanes.prepare(w.astype(jnp.float32), read, side) * factor
-            yield x.astype(w.dtype)
+            yield lanes.prepare(w.astype(jnp.float32), read, side).astype(w.dtype)
 
 
 def load_keys(refs, k_scr, case, step):
@@ -252,10 +251,9 @@ def load_values(v, vt_scr, step):
 
 
 def load_queries(refs, q_scr, case, step):
-    """Prepares a block of queries: one window a head, scaled, the others' lanes 0."""
+    """Prepares a block of queries: one window a head, the others' lanes 0."""
     lanes = step.lanes
-    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
-    windows = prepared(lanes, refs["q"], refs["sides"]["q"], case.q, factor)
+    windows = prepared(lanes, refs["q"], refs["sides"]["q"], case.q)
     for u, w in enumerate(windows):
         for h in range(u * lanes.heads, (u + 1) * lanes.heads):
             q_scr[h] = lanes.only(w, h)
@@ -275,7 +273,9 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     `place`: the group of heads and the block of queries. `head` counts in the step,
     `chunk` and `start` are the first query and key; see `tiles.Spans` for `bounds`.
     """
-    s, slope = product(k, q, ((1,), (1,))), None
+    # In float32: it would round q another time, and logits by 2^-9.
+    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
+    s, slope = product(k, q, ((1,), (1,))) * factor, None
     if case.softcap:
         t = jnp.tanh(s)
         s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
@@ -334,11 +334,15 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         (head, _), (start, size) = chain, tile
         if seen is not None:
             s = jnp.where(seen, s, 3 * LOW)
-        top, acc = state
-        new = jnp.maximum(top, s.max(0, keepdims=True))
+        new = s.max(0, keepdims=True)
+        new = jnp.maximum(LOW, new) if state is None else jnp.maximum(state[0], new)
         p = jnp.exp2(s - new).astype(vt_scr.dtype)
         vt = vt_scr[lanes.key_head(head), :, pl.ds(start, size)]
-        return new, acc * jnp.exp2(top - new) + product(vt, p, ((1,), (0,)))
+        acc = product(vt, p, ((1,), (0,)))
+        if state is not None:
+            top, before = state
+            acc += before * jnp.exp2(top - new)
+        return new, acc
 
     def start_of(_):
         acc = jnp.zeros((lanes.H + ONES, step.tile.chunk), jnp.float32)
@@ -387,14 +391,14 @@ def sweep(refs, step, start_of, scores, absorb, finish):
 
     def heads(first):
         chains = [(first + h, c) for h in range(side) for c in chunks]
-        states = [start_of(chain) for chain in chains]
+        states = [None] * len(chains)  # Until a tile has been seen.
         if step.spans is not None:
             spans = [step.spans[c // step.tile.chunk] for _, c in chains]
             states = visit(states, chains, spans)
         else:
             states = (listed if step.masked else every)(states, chains)
         for state, chain in zip(states, chains, strict=True):
-            finish(state, chain)
+            finish(start_of(chain) if state is None else state, chain)
 
     def every(states, chains):
         keys = step.tile.keys
@@ -408,6 +412,7 @@ def sweep(refs, step, start_of, scores, absorb, finish):
             return visit(list(states), chains, [spans] * len(chains))
 
         if loops:
+            states = [start_of(chain) for chain in chains]
             states = lax.fori_loop(0, loops, body, states)
         return visit(list(states), chains, [spans[loops * many :]] * len(chains))
 
@@ -420,6 +425,7 @@ def sweep(refs, step, start_of, scores, absorb, finish):
             return visit(list(states), chains, [spans] * len(chains))
 
         full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
+        states = [start_of(chain) for chain in chains]
         every_bound = tuple(range(refs["intervals"].shape[1]))
         states = lax.fori_loop(0, full, functools.partial(body, ()), states)
         return lax.fori_loop(full, total, functools.partial(body, every_bound), states)

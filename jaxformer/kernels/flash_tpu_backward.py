@@ -121,7 +121,6 @@ def _to_shape(x: Array, like: Array) -> Array:
 def _kernel(refs, out, scr, *, case, step):
     lanes = step.lanes
     place = pl.program_id(1), pl.program_id(2)
-    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
 
     def at(block, do):
         do() if step.blocks == 1 else pl.when(place[1] == block)(do)
@@ -156,7 +155,8 @@ def _kernel(refs, out, scr, *, case, step):
         p, ds = p.astype(scr["q"].dtype), ds.astype(scr["q"].dtype)
         scr["dv"][window, keys] += product(p, scr["d_out"][head, queries], ((1,), (0,)))
         scr["dk"][window, keys] += product(ds, scr["q"][head, queries], ((1,), (0,)))
-        return dqt + product(scr["kt"][lanes.key_head(head), :, keys], ds, ((1,), (0,)))
+        more = product(scr["kt"][lanes.key_head(head), :, keys], ds, ((1,), (0,)))
+        return more if dqt is None else dqt + more
 
     def start_of(_):
         return jnp.zeros((lanes.H, step.tile.chunk), jnp.float32)
@@ -172,7 +172,7 @@ def _kernel(refs, out, scr, *, case, step):
         out["q"][0] = dq.astype(out["q"].dtype)
     else:
         _unprepare(refs, out, "q", lanes.split(dq), case.q, step, place[1])
-    at(step.blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale / factor))
+    at(step.blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale))
 
 
 def _load(refs, out, scr, case, step):

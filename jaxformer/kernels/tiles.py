@@ -46,6 +46,8 @@ def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
     queries = min(T, up(-(-T // -(-T // 1024)), 256))
     whole = T if queries == T else 256
     chunk = 512 if queries % 512 == 0 else whole
+    if T <= 1024 and not backward:
+        return Tpu(queries, chunk, min(S, 512), 4 * H, chains=8, unrolled=unrolled)
     return Tpu(queries, chunk, min(S, 512), max(128, 2 * H), unrolled=unrolled)
 
 
@@ -116,7 +118,7 @@ def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:
     rows = jnp.clip(rows, 0, S).reshape(b, n // 2, 2, blocks, bq, 1)
     start, stop = rows[:, :, 0], rows[:, :, 1]
     first = jnp.arange(tiles, dtype=jnp.int32)[(None,) * 4] * bk
-    last = jnp.minimum(first + bk, S)
+    last = first + bk  # A tile that reaches beyond the keys is not seen whole.
     some = (jnp.maximum(start, first) < jnp.minimum(stop, last)).any((1, 3))
     whole = ((start <= first) & (stop >= last)).any(1)
     if n == 4:

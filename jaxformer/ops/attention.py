@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -213,7 +212,7 @@ def _problem(
     case = Case(
         *_sides(norm, angles),
         intervals=intervals,
-        known=_known(intervals),
+        known=known(mask, intervals),
         bias=bias,
         slopes=slopes,
         offset=offset,
@@ -224,11 +223,12 @@ def _problem(
     return Problem(q, k, v, case, kept, how), shown
 
 
-def _known(intervals) -> Known | None:
-    """Intervals of all rows alike that are no data: a kernel may be written for them."""
-    if intervals is None or isinstance(intervals, Tracer) or intervals.shape[0] > 1:
+def known(mask: Mask, intervals) -> Known | None:
+    """The intervals of a mask that holds no array: a kernel may be written for them."""
+    data = any(not isinstance(leaf, int) for leaf in jax.tree.leaves(mask))
+    if data or intervals is None or intervals.shape[2] > MOST_KNOWN:
         return None
-    return Known(np.asarray(intervals)[0]) if intervals.shape[2] <= MOST_KNOWN else None
+    return Known(np.asarray(intervals)[0])
 
 
 def _scale(scale, H: int) -> float:

@@ -12,13 +12,18 @@ from jaxtyping import Array, Float
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.ops.activation import gelu
+from jaxformer.ops.primitive import NAMES
 from jaxformer.sharding import constrain, partitioned
 
-# What a block keeps for its gradient: everything, nothing, or the products of matrices.
+# What a block keeps for its gradient: everything, nothing, or the products of matrices and
+# what attention's gradient needs of its result.
 Remat = Literal["none", "full", "dots"]
 POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(*NAMES),
+    ),
 }
 
 

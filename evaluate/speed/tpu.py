@@ -155,10 +155,19 @@ def moved_bytes(program) -> Traffic:
         read = sum(sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         if opcode == "copy-start":  # gives (copy, original, context)
             written = shapes[0]
+        elif opcode == "slice-start":  # gives (original, slice, context) and reads the slice
+            written, read = shapes[1], _size(list(_SHAPE.finditer(made))[1])
         else:
             written = 0 if opcode.endswith("-start") else sizes[name]
         rows.append((read + written, opcode, name))
     return Traffic(sum(r[0] for r in rows), sorted(rows, reverse=True), loops)
+
+
+def _size(shape: re.Match) -> int:
+    """Bytes of an array wherever it lies, as if it were in HBM."""
+    plain = _SHAPE.search(re.sub(r"S\(\d+\)", "", shape.group(0)))
+    assert plain is not None
+    return physical_bytes(plain)
 
 
 def physical_bytes(shape: re.Match) -> int:

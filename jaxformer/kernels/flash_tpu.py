@@ -132,7 +132,10 @@ def make_step(q, k, case, *, backward) -> Step:
         ):
             return Step(lanes, tile, T, S, True, spans)
     tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
-    return Step(Lanes.of(N, K, H, tile.lanes), tile, T, S, masked)
+    lanes = Lanes.of(N, K, H, tile.lanes)
+    if backward and lanes.N * H > 1024 and tile.queries > 512:  # They would not fit.
+        tile = dataclasses.replace(tile, queries=512, chunk=512)
+    return Step(lanes, tile, T, S, masked)
 
 
 def cut(q, k, case, *, backward) -> list[slice]:

@@ -226,13 +226,13 @@ def _load_gradient(refs, scr, block, step):
 def _store(refs, out, scr, case, step, factor):
     """Writes the gradients of keys and values, whole by now."""
     lanes, S = step.lanes, step.S
-    windows = [scr["dk"][u, :S] * factor for u in range(lanes.K // lanes.heads)]
+    count = lanes.K // lanes.heads
+    windows = (scr["dk"][u, :S] * factor for u in range(count))
     if case.k.plain:
-        out["k"][0] = lanes.join(windows).astype(out["k"].dtype)
+        lanes.store(out["k"], windows)
     else:
         _unprepare(refs, out, "k", windows, case.k, step, None)
-    windows = [scr["dv"][u, :S] for u in range(lanes.K // lanes.heads)]
-    out["v"][0] = lanes.join(windows).astype(out["v"].dtype)
+    lanes.store(out["v"], (scr["dv"][u, :S] for u in range(count)))
 
 
 def _unprepare(refs, out, name, windows, side, step, block):
@@ -244,14 +244,16 @@ def _unprepare(refs, out, name, windows, side, step, block):
         row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest
         angles = {n: jnp.where(row, x, 0.0) for n, x in read.items() if n in ("cos", "sin")}
         read |= angles
-    done = []
-    for g, x in zip(windows, lanes.split(refs[name].at[0]), strict=True):
-        x = x.astype(jnp.float32)
-        if row is not None:
-            x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
-        g, d_scale, d_shift = lanes.unprepare(g, x, read, side)
-        done.append(g)
-        if side.scale is not None:
-            out[f"{name}_norm"][0, 0, 0:1] += d_scale
-            out[f"{name}_norm"][0, 0, 1:2] += d_shift
-    out[name][0] = lanes.join(done).astype(out[name].dtype)
+
+    def each():
+        for g, x in zip(windows, lanes.split(refs[name].at[0]), strict=True):
+            x = x.astype(jnp.float32)
+            if row is not None:
+                x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
+            g, d_scale, d_shift = lanes.unprepare(g, x, read, side)
+            if side.scale is not None:
+                out[f"{name}_norm"][0, 0, 0:1] += d_scale
+                out[f"{name}_norm"][0, 0, 1:2] += d_shift
+            yield g
+
+    lanes.store(out[name], each())

@@ -8,7 +8,7 @@ zero, so a product over a whole window is the product over one head, and costs t
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -62,9 +62,11 @@ class Lanes:
                 part = jnp.concatenate([part, spare], 1)
             yield part
 
-    def join(self, windows: list[Array]) -> Array:
-        """The inverse of `split`."""
-        return jnp.concatenate([w[:, : self.heads * self.H] for w in windows], 1)
+    def store(self, ref, windows: Iterable[Array]) -> None:
+        """Writes windows side by side into `[1, rows, n * H]`, one after the other."""
+        size = self.heads * self.H
+        for u, w in enumerate(windows):
+            ref[0, :, u * size : (u + 1) * size] = w[:, :size].astype(ref.dtype)
 
     def key_head(self, head):
         """The key head of a query head."""

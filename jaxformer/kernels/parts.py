@@ -25,27 +25,21 @@ def forward(run: Callable, q, k, v, case: Case, parts: list[slice]) -> tuple[Arr
     """`run(q, k, v, case)` over the parts of the keys, as one."""
     if len(parts) == 1:
         return run(q, k, v, case)
-    out, lse = jnp.zeros(q.shape, jnp.float32), None
-    for part in parts:
-        some, total = run(q, k[:, part], v[:, part], of(case, part))
-        both = total if lse is None else jnp.logaddexp(lse, total)
-        if lse is not None:
-            out *= _weight(lse, both)
-        out += _weight(total, both) * some.astype(jnp.float32)
-        lse = both
-    assert lse is not None
-    return out.astype(q.dtype), lse
+    found = [run(q, k[:, part], v[:, part], of(case, part)) for part in parts]
+    lse = functools.reduce(jnp.logaddexp, [total for _, total in found])
+    shares = [_weight(total, lse) * out.astype(jnp.float32) for out, total in found]
+    return functools.reduce(jnp.add, shares).astype(q.dtype), lse
 
 
 def backward(
     run: Callable, q, k, v, case: Case, out, lse, d_out, d_lse, parts: list[slice]
 ) -> Gradients:
     """The gradients, from those of each part; the logsumexp is that of the whole."""
+    if len(parts) == 1:
+        return run(q, k, v, case, out, lse, d_out, d_lse)
     found = [
         run(q, k[:, part], v[:, part], of(case, part), out, lse, d_out, d_lse) for part in parts
     ]
-    if len(parts) == 1:
-        return found[0]
 
     def total(name) -> Any:
         some = [getattr(g, name) for g in found]

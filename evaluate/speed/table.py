@@ -20,19 +20,27 @@ def markdown(found: dict) -> str:
     return "\n\n".join([head, *tables]) + "\n"
 
 
+TPU = {
+    "layers": ("HBM bytes of a layer, X", ("chip", "H", "T", "backward", "fused"), "X"),
+    "kernels": ("Cycles a head", ("chip", "H", "T", "backward"), "cycles_a_head"),
+    "masks": (
+        "Masks, by useful area of unmasked",
+        ("mask", "chip", "H", "backward"),
+        "price",
+    ),
+}
+
+
 def _tpu(found: dict) -> list[str]:
-    sides = ("ours", "splash", "XLA")
-    layers = _pivot(found["layers"], ("chip", "H", "T", "backward", "fused"), sides, "X")
-    kernels = _pivot(
-        found["kernels"], ("chip", "H", "T", "backward"), sides[:2], "cycles_a_head", ratio=True
-    )
-    priced = [r for r in found["masks"] if r["mask"]]
-    masks = _pivot(priced, ("mask", "chip", "H", "backward"), sides[:2], "price")
-    titles = ("HBM bytes of a layer, X", "Cycles a head", "Masks, by useful area of unmasked")
-    return [
-        f"{title}\n\n{table}"
-        for title, table in zip(titles, (layers, kernels, masks), strict=True)
-    ]
+    """The tables of those parts that were measured."""
+    tables = []
+    for part, (title, by, value) in TPU.items():
+        rows = [r for r in found.get(part, ()) if "mask" not in by or r["mask"]]
+        sides = ("ours", "splash", "XLA")[: 3 if part == "layers" else 2]
+        if rows:
+            table = _pivot(rows, by, sides, value, ratio=part == "kernels")
+            tables.append(f"{title}\n\n{table}")
+    return tables
 
 
 def _gpu(found: dict) -> list[str]:

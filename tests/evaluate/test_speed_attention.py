@@ -1,6 +1,7 @@
 """The rulers of `python -m evaluate.speed attention`, checked on programs that are known."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -171,3 +172,30 @@ def test_the_command_writes_what_the_table_reads(tmp_path):
     assert "| 1024 |" in table.markdown(found)
     sizes = {(row["T"], row["side"]): row["temporaries"] for row in found["sized"]}
     assert sizes[16_384, "auto"] * 5 < sizes[16_384, "reference"]
+
+
+CASE = {"chip": "v6e", "T": 1024, "H": 64, "side": "ours", "backward": True}
+PARTS = {
+    "layers": ({"fused": False, "X": 30.0}, "| v6e | 64 | 1024 | yes | plain | 30 |  |  |"),
+    "kernels": ({"cycles_a_head": 2176.4}, "| v6e | 64 | 1024 | yes | 2,176 |  |  |"),
+    "masks": ({"mask": "prefix", "price": 1.41}, "| prefix | v6e | 64 | yes | 1.41 |  |"),
+}
+ABOUT = {"hardware": {"device": "cpu", "jax": "0"}, "command": "", "commit": ""}
+
+
+@pytest.mark.parametrize("parts", [["layers"], ["kernels"], ["masks"], [*PARTS]], ids=str)
+def test_the_parts_that_were_measured_are_tables(parts):
+    rows = {part: [CASE | PARTS[part][0]] for part in parts}
+    told = table.markdown(ABOUT | {"ruler": "tpu", "libtpu": "0"} | rows)
+    assert told.count("\n|---") == len(parts)
+    assert all(PARTS[part][1] in told.splitlines() for part in parts)
+
+
+MEASURED = pathlib.Path(__file__).parents[2] / "docs" / "measured"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(MEASURED.rglob("attention*.json")), ids=lambda f: f.stem
+)
+def test_what_was_measured_is_read(file):
+    assert "\n|---" in table.markdown(json.loads(file.read_text()))

@@ -1,4 +1,4 @@
-"""`python -m evaluate.speed NAME [--json FILE]`: benchmarks, one file a family."""
+"""`python -m evaluate.speed NAME [--json FILE [--add]]`: benchmarks, one file a family."""
 
 import argparse
 import importlib
@@ -40,6 +40,12 @@ def commit() -> str:
         return "unknown"
 
 
+def held(path: pathlib.Path) -> list[dict]:
+    """The runs that a file holds: one, or a list, or none if it is not there."""
+    found = json.loads(path.read_text()) if path.exists() else []
+    return found if isinstance(found, list) else [found]
+
+
 def main() -> int:
     """Runs one benchmark, prints its table and writes its JSON."""
     told = "\n".join(f"  {name}: {what}" for name, what in NAMES.items())
@@ -50,6 +56,7 @@ def main() -> int:
     )
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", help="a file for every number")
+    parser.add_argument("--add", action="store_true", help="to the runs that FILE holds")
     parser.add_argument("--rounds", type=int, help="how often each side is timed")
     name = next((a for a in sys.argv[1:] if a in NAMES), None)
     module = importlib.import_module(f"evaluate.speed.{name}") if name else None
@@ -57,14 +64,17 @@ def main() -> int:
         module.add_options(parser)
     options = {k: v for k, v in vars(parser.parse_args()).items() if v}
     assert module is not None and name == options.pop("name")
-    file = options.pop("json", None)
+    file, add = options.pop("json", None), options.pop("add", False)
+    if add and not file:
+        parser.error("--add needs the --json FILE to which it adds")
     command = " ".join(["python -m evaluate.speed", *sys.argv[1:]])
     measured = module.run(**options)  # It may choose the devices, so hardware comes after.
     found = {"hardware": hardware(), "command": command, "commit": commit(), **measured}
     if file:
         path = pathlib.Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        written = [*held(path), found] if add else found
+        path.write_text(json.dumps(written, indent=2) + "\n")
     return 0
 
 

@@ -35,7 +35,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the tpu ruler, which takes hours for all",
     )
     parser.add_argument("--sides", nargs="+", choices=("ours", "splash", "XLA"))
-    parser.add_argument("--lengths", nargs="+", type=int, help="of the tpu ruler's layers")
+    layers = parser.add_argument_group("which layers of the tpu ruler; all, if not told")
+    layers.add_argument("--lengths", nargs="+", type=int)
+    layers.add_argument("--heads", nargs="+", type=int, help="sizes of a head")
+    layers.add_argument(
+        "--ways",
+        nargs="+",
+        choices=("forward", "backward", "fused-forward", "fused-backward"),
+        help="fused: with QK-norm and rotary",
+    )
 
 
 def run(

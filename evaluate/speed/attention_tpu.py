@@ -22,6 +22,12 @@ from jaxformer.ops.mask import BlockDiffusion, Causal, Mask, Prefix, Segments
 
 TOKENS, WIDTH = 16_384, 1_024
 LENGTHS, HEADS = (256, 1024, 4096), (64, 72, 128)
+WAYS = {  # of a layer: with QK-norm and rotary, and with the backward pass.
+    "forward": (False, False),
+    "backward": (False, True),
+    "fused-forward": (True, False),
+    "fused-backward": (True, True),
+}
 SIZES = (256, 512, 1024, 2048)  # of splash's blocks that `search` tries, beside T.
 
 
@@ -108,15 +114,18 @@ def both_ways(layer: Callable) -> Callable:
 
 
 def bytes_of_layers(
-    chips: Iterable[str], quick: bool, only: Collection[str], lengths: Sequence[int] = LENGTHS
+    chips: Iterable[str],
+    quick: bool,
+    only: Collection[str],
+    lengths: Sequence[int] = LENGTHS,
+    heads: Sequence[int] = HEADS,
+    ways: Sequence[str] = tuple(WAYS),
 ) -> list[dict]:
     """HBM bytes of attention layers in X, ours beside splash's and XLA's."""
-    lengths, heads = ((1024,), (64,)) if quick else (lengths, HEADS)
+    lengths, heads = ((1024,), (64,)) if quick else (lengths, heads)
     jobs, rows = [], []
-    for chip, T, H, fused, backward in itertools.product(
-        chips, lengths, heads, (False, True), (False, True)
-    ):
-        shape = Shape(T, H)
+    for chip, T, H, way in itertools.product(chips, lengths, heads, ways):
+        shape, (fused, backward) = Shape(T, H), WAYS[way]
         sides = {"ours": None, "splash": rivals.splash(T), "XLA": rivals.named("xla")}
         for side, attend in sides.items():
             if side not in only:
@@ -280,13 +289,16 @@ def run(
     quick: bool,
     parts: Iterable[str] = tuple(PARTS),
     sides: Iterable[str] = ("ours", "splash", "XLA"),
-    lengths: Iterable[int] = LENGTHS,
+    **which: Sequence,
 ) -> dict:
-    """Everything that can be told of attention on TPUs from here, or some parts of it."""
+    """Everything that can be told of attention on TPUs from here, or some parts of it.
+
+    `which` layers: `lengths`, `heads` and `ways`.
+    """
     found = {}
     for part in parts:
         print(TITLES[part], flush=True)
-        more = {"lengths": tuple(lengths)} if part == "layers" else {}
+        more = which if part == "layers" else {}
         found[part] = PARTS[part](list(chips), quick, tuple(sides), **more)
     return found
 

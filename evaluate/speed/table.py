@@ -5,19 +5,28 @@ import pathlib
 import sys
 from collections.abc import Iterable
 
+ROWS = ("layers", "kernels", "masks", "rows", "timed", "sized")
 
-def markdown(found: dict) -> str:
-    """The tables of one file that `python -m evaluate.speed attention --json` wrote."""
-    where = found["hardware"]["device"]
-    told = f"`{found['command']}`, commit {found['commit']}, jax {found['hardware']['jax']}"
-    if found["ruler"] == "tpu":
-        head = f"Compiled ahead of time by libtpu {found['libtpu']}; no TPU was used. {told}"
-        tables = _tpu(found)
-    elif found["ruler"] == "gpu":
-        head, tables = f"TFLOP/s by useful area on {where}, bf16, medians. {told}", _gpu(found)
-    else:
-        head, tables = f"On {where}, float32, forward + backward, medians. {told}", _cpu(found)
-    return "\n\n".join([head, *tables]) + "\n"
+
+def markdown(found: dict | list[dict]) -> str:
+    """The tables of one file that `python -m evaluate.speed attention --json` wrote.
+
+    Of several runs of one ruler, what the last one found of a case.
+    """
+    runs = found if isinstance(found, list) else [found]
+    rows = {name: [r for run in runs for r in run.get(name, ())] for name in ROWS}
+    tables = {"tpu": _tpu, "gpu": _gpu, "cpu": _cpu}[runs[0]["ruler"]](rows)
+    return "\n\n".join([*map(_head, runs), *tables]) + "\n"
+
+
+def _head(run: dict) -> str:
+    where = run["hardware"]["device"]
+    told = f"`{run['command']}`, commit {run['commit']}, jax {run['hardware']['jax']}"
+    if run["ruler"] == "tpu":
+        return f"Compiled ahead of time by libtpu {run['libtpu']}; no TPU was used. {told}"
+    if run["ruler"] == "gpu":
+        return f"TFLOP/s by useful area on {where}, bf16, medians. {told}"
+    return f"On {where}, float32, forward + backward, medians. {told}"
 
 
 TPU = {
@@ -35,7 +44,7 @@ def _tpu(found: dict) -> list[str]:
     """The tables of those parts that were measured."""
     tables = []
     for part, (title, by, value) in TPU.items():
-        rows = [r for r in found.get(part, ()) if "mask" not in by or r["mask"]]
+        rows = [r for r in found[part] if "mask" not in by or r["mask"]]
         sides = ("ours", "splash", "XLA")[: 3 if part == "layers" else 2]
         if rows:
             table = _pivot(rows, by, sides, value, ratio=part == "kernels")

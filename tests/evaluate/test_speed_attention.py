@@ -165,9 +165,12 @@ def test_a_job_that_fails_is_a_reason_and_the_next_goes_on():
 def test_the_command_writes_what_the_table_reads(tmp_path):
     file = tmp_path / "cpu" / "attention.json"
     command = [sys.executable, "-m", "evaluate.speed", "attention", "--ruler", "cpu"]
-    command += ["--quick", "--rounds", "1", "--json", str(file)]
+    command += ["--quick", "--rounds", "1", "--add", "--json", str(file)]
+    file.parent.mkdir()
+    file.write_text('{"an earlier": "run"}')
     subprocess.run(command, check=True, capture_output=True)
-    found = json.loads(file.read_text())
+    earlier, found = json.loads(file.read_text())
+    assert earlier == {"an earlier": "run"}
     assert {row["side"] for row in found["timed"]} == {"auto", "chunked", "reference"}
     assert "| 1024 |" in table.markdown(found)
     sizes = {(row["T"], row["side"]): row["temporaries"] for row in found["sized"]}
@@ -189,6 +192,16 @@ def test_the_parts_that_were_measured_are_tables(parts):
     told = table.markdown(ABOUT | {"ruler": "tpu", "libtpu": "0"} | rows)
     assert told.count("\n|---") == len(parts)
     assert all(PARTS[part][1] in told.splitlines() for part in parts)
+
+
+def test_runs_add_up_and_the_last_of_a_case_counts():
+    about = ABOUT | {"ruler": "tpu", "libtpu": "0"}
+    first = [CASE | {"fused": False, "X": 31.0}, CASE | {"fused": True, "X": 32.0}]
+    runs = [about | {"layers": first}, about | {"layers": [CASE | PARTS["layers"][0]]}]
+    told = table.markdown(runs).splitlines()
+    assert [line for line in told if line.startswith("| v6e")] == [
+        PARTS["layers"][1], "| v6e | 64 | 1024 | yes | norm, rotary | 32 |  |  |",
+    ]  # fmt: skip
 
 
 MEASURED = pathlib.Path(__file__).parents[2] / "docs" / "measured"

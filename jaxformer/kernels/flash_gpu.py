@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxformer.kernels import flash_gpu_backward
+from jaxformer.kernels.arithmetic import multiply
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_gpu_tile import (
     CaseRefs,
@@ -29,7 +30,6 @@ from jaxformer.kernels.flash_gpu_tile import (
     bounds,
     load_head,
     logits,
-    multiply,
     places,
     prepare,
     product,

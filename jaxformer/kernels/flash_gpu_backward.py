@@ -15,9 +15,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case, Gradients, Side
 from jaxformer.kernels.flash_gpu_tile import (
-    LOG2E,
     CaseRefs,
     Parts,
     Places,
@@ -26,7 +26,6 @@ from jaxformer.kernels.flash_gpu_tile import (
     load,
     load_head,
     logits,
-    multiply,
     part,
     places,
     prepare,

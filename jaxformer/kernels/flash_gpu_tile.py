@@ -12,7 +12,6 @@ Places carry the orientation: with queries `[T, 1]` and keys `[1, S]` a tile of 
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -21,9 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton
 
+from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case, Side
-
-LOG2E = math.log2(math.e)
 
 Parts = list[Array]  # A tile of a head, cut by columns.
 
@@ -160,18 +158,6 @@ def store_head(p: Problem, ref, b, rows: Places, n, values: Parts):
 def shared(ref, axis: int, index):
     """`index`, or 0 where the array has one entry for all."""
     return 0 if ref.shape[axis] == 1 else index
-
-
-def multiply(a: Array, b: Array, *, contract: int) -> Array:
-    """`a [M, C]` times `b`, `[C, N]` or with `contract=1` `[N, C]`, summed in float32.
-
-    Operands of 32 bits are multiplied as such, and not cut to TF32.
-    """
-    exact = a.dtype == jnp.float32
-    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
-    return lax.dot_general(
-        a, b, (((1,), (contract,)), ((), ())), precision, preferred_element_type=jnp.float32
-    )
 
 
 def product(a: Parts, b: Parts) -> Array:

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import parts, tiles
+from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
 from jaxformer.kernels.lanes import Lanes, sides
 
-LOG2E = math.log2(math.e)
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
 VMEM = 112 * 2**20  # Bytes a kernel may hold, of 128 MiB.
@@ -262,14 +262,6 @@ def load_queries(refs, q_scr, case, step):
             q_scr[h] = lanes.only(w, h)
 
 
-def product(a, b, dimensions):
-    """A product in float32; float32 operands are not rounded to bfloat16 before."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
 
@@ -278,7 +270,7 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     """
     # In float32: it would round q another time, and logits by 2^-9.
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
-    s, slope = product(k, q, ((1,), (1,))) * factor, None
+    s, slope = multiply(k, q, contract=1) * factor, None
     if case.softcap:
         t = jnp.tanh(s)
         s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
@@ -341,7 +333,7 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         new = jnp.maximum(LOW, new) if state is None else jnp.maximum(state[0], new)
         p = jnp.exp2(s - new).astype(vt_scr.dtype)
         vt = vt_scr[lanes.key_head(head), :, pl.ds(start, size)]
-        acc = product(vt, p, ((1,), (0,)))
+        acc = multiply(vt, p, contract=0)
         if state is not None:
             top, before = state
             acc += before * jnp.exp2(top - new)

@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import flash_tpu as forward
 from jaxformer.kernels import parts
+from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case, Gradients
-from jaxformer.kernels.flash_tpu import LOG2E, LOW, product
+from jaxformer.kernels.flash_tpu import LOW
 
 
 def backward(
@@ -137,7 +138,7 @@ def _kernel(refs, out, scr, *, case, step):
         q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
         k, v = scr["k"][window, keys], scr["v"][window, keys]
         found = forward.logits(refs, q, k, place, head, chunk, start, case, step, bounds)
-        return *found, product(v, g, ((1,), (1,)))
+        return *found, multiply(v, g, contract=1)
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):
         (head, chunk), (start, size) = chain, tile
@@ -153,9 +154,9 @@ def _kernel(refs, out, scr, *, case, step):
         if slope is not None:
             ds *= slope
         p, ds = p.astype(scr["q"].dtype), ds.astype(scr["q"].dtype)
-        scr["dv"][window, keys] += product(p, scr["d_out"][head, queries], ((1,), (0,)))
-        scr["dk"][window, keys] += product(ds, scr["q"][head, queries], ((1,), (0,)))
-        more = product(scr["kt"][lanes.key_head(head), :, keys], ds, ((1,), (0,)))
+        scr["dv"][window, keys] += multiply(p, scr["d_out"][head, queries], contract=0)
+        scr["dk"][window, keys] += multiply(ds, scr["q"][head, queries], contract=0)
+        more = multiply(scr["kt"][lanes.key_head(head), :, keys], ds, contract=0)
         return more if dqt is None else dqt + more
 
     def start_of(_):

@@ -29,17 +29,22 @@ def unpatchify(
     return patches.reshape(B, y * patch, x * patch, C)
 
 
-def sincos_2d(y: int, x: int, width: int, theta: float = 1e4) -> np.ndarray:
+def sincos_2d(
+    y: int, x: int, width: int, theta: float = 1e4, *, endpoint: bool = True
+) -> np.ndarray:
     """Fixed 2-D sine and cosine positions, `[y * x, width]` float32.
 
-    The order is [sin x, cos x, sin y, cos y], as in big_vision (MoCo v3's).
+    The order is [sin x, cos x, sin y, cos y], each of width / 4 frequencies that fall from
+    1 to 1 / theta. With `endpoint` the last is 1 / theta itself, as in big_vision (MoCo
+    v3's); without it they stop one short, as in MAE and DiT (`util/pos_embed.py`).
 
     Raises:
-      ValueError: `width` is not a multiple of 4, or below 8.
+      ValueError: `width` is not a multiple of 4, or below 8 with `endpoint`.
     """
-    if width % 4 or width < 8:
-        raise ValueError(f"sincos_2d needs a width divisible by 4 and >= 8, got {width}")
-    omega = theta ** -(np.arange(width // 4) / (width // 4 - 1))
+    least = 8 if endpoint else 4
+    if width % 4 or width < least:
+        raise ValueError(f"sincos_2d needs a width divisible by 4 and >= {least}, got {width}")
+    omega = theta ** -np.linspace(0, 1, width // 4, endpoint=endpoint)
     rows, columns = np.mgrid[:y, :x]
     parts = [f(p.reshape(-1, 1) * omega) for p in (columns, rows) for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)

@@ -1,5 +1,7 @@
 """Patches and the positions they stand at."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,24 @@ def test_sincos_is_big_visions():
     np.testing.assert_allclose(sincos_2d(h, w, width), expected, atol=1e-6)
     with pytest.raises(ValueError, match="divisible by 4"):
         sincos_2d(h, w, 6)
+
+
+def test_sincos_without_its_endpoint_is_maes():
+    """One number at a time, after the definition in MAE's util/pos_embed.py."""
+    h, w, width = 3, 4, 12
+    expected = np.zeros((h * w, width))
+    for row in range(h):
+        for column in range(w):
+            for i in range(width // 4):
+                omega = 1 / 10_000 ** (i / (width / 4))
+                out = expected[row * w + column]
+                out[i], out[3 + i] = math.sin(column * omega), math.cos(column * omega)
+                out[6 + i], out[9 + i] = math.sin(row * omega), math.cos(row * omega)
+    np.testing.assert_allclose(sincos_2d(h, w, width, endpoint=False), expected, atol=1e-6)
+    assert abs(sincos_2d(h, w, width) - expected).max() > 1e-2
+    assert sincos_2d(2, 2, 4, endpoint=False).shape == (4, 4)
+    with pytest.raises(ValueError, match=">= 4, got 0"):
+        sincos_2d(h, w, 0, endpoint=False)
 
 
 def test_rotation_depends_on_distance_alone(key):

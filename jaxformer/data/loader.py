@@ -201,6 +201,11 @@ def _collate(records: Sequence[Record]) -> Batch:
     batch = {}
     for name in first:
         if name != "source":
+            if isinstance(first[name], str):
+                raise InputError(
+                    f"{first.get('source', 'a record')}: {name!r} is text; put a transform "
+                    "that makes tokens of it, such as Spell, among the transforms"
+                )
             rows = np.stack([record[name] for record in records])
             batch[name] = rows.astype(np.int32) if rows.dtype == np.int64 else rows
     return batch

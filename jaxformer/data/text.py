@@ -1,0 +1,72 @@
+"""Text as tokens: Unicode names, letter by letter.
+
+The alphabet is that of Unicode's names: space, hyphen, digits and capitals. Token 0 is
+padding, 1 the end of the text, and the letters follow.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxformer.data.sources import Record
+from jaxformer.errors import InputError
+
+ALPHABET = " -0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PAD, END = 0, 1
+VOCAB = 2 + len(ALPHABET)
+
+_TOKENS = {letter: 2 + i for i, letter in enumerate(ALPHABET)}
+
+
+def encode(text: str, length: int) -> Int[np.ndarray, " T"]:
+    """The letters of `text`, an end token, and padding up to `length`, as int32.
+
+    >>> encode("A-B", 6).tolist()
+    [14, 3, 15, 1, 0, 0]
+
+    Raises:
+      InputError: a letter outside the alphabet, or no room for all and the end.
+    """
+    unknown = [letter for letter in text if letter not in _TOKENS]
+    if unknown:
+        raise InputError(
+            f"{text!r}: {unknown[0]!r} is no letter of Unicode's names; use A to Z, 0 to 9, "
+            "space and hyphen"
+        )
+    if len(text) >= length:
+        raise InputError(
+            f"{text!r}: {len(text)} letters and an end do not go into length={length}; "
+            f"give {len(text) + 1} or more"
+        )
+    tokens = np.full(length, PAD, np.int32)
+    tokens[: len(text)] = [_TOKENS[letter] for letter in text]
+    tokens[len(text)] = END
+    return tokens
+
+
+def decode(tokens: Int[np.ndarray, " T"]) -> str:
+    """The text before the first end token; padding says nothing.
+
+    Raises:
+      InputError: a token outside the vocabulary.
+    """
+    letters = []
+    for token in np.asarray(tokens).tolist():
+        if not 0 <= token < VOCAB:
+            raise InputError(f"token {token} is not one of the {VOCAB}, 0 to {VOCAB - 1}")
+        if token == END:
+            break
+        letters += [ALPHABET[token - 2]] if token != PAD else []
+    return "".join(letters)
+
+
+@dataclass(frozen=True)
+class Spell:
+    """A transform: the record's `text` becomes `tokens`, int32 `[length]`, see `encode`."""
+
+    length: int
+
+    def __call__(self, record: Record) -> Record:
+        rest = {name: value for name, value in record.items() if name != "text"}
+        return rest | {"tokens": encode(record["text"], self.length)}

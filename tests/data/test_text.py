@@ -1,0 +1,43 @@
+"""Letters to tokens and back."""
+
+import numpy as np
+import pytest
+
+from jaxformer.data.text import ALPHABET, VOCAB, Spell, decode, encode
+from jaxformer.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A", "LATIN SMALL LETTER A WITH RING", "U-00E9", ALPHABET]
+)
+def test_decoding_gives_back_what_was_encoded(text):
+    tokens = encode(text, 50)
+    assert tokens.shape == (50,) and tokens.dtype == np.int32
+    assert decode(tokens) == text and tokens.max() < VOCAB == 40
+    assert tokens[len(text)] == 1 and not tokens[len(text) + 1 :].any()
+    assert encode(text, len(text) + 1)[-1] == 1
+
+
+def test_every_letter_has_a_token_of_its_own():
+    assert encode(ALPHABET, 39).tolist() == [*range(2, 40), 1]
+    assert encode("A-B", 6).tolist() == [14, 3, 15, 1, 0, 0]
+
+
+def test_spell_replaces_the_text():
+    record = {"text": "CAT", "label": 3}
+    spelled = Spell(8)(record)
+    assert spelled.keys() == {"label", "tokens"} and record["text"] == "CAT"
+    assert decode(spelled["tokens"]) == "CAT"
+
+
+def test_bad_input_is_told_in_one_sentence():
+    with pytest.raises(
+        InputError, match="'cat': 'c' is no letter of Unicode's names; use A to"
+    ):
+        encode("cat", 8)
+    with pytest.raises(
+        InputError, match="3 letters and an end do not go into length=3; give 4"
+    ):
+        encode("CAT", 3)
+    with pytest.raises(InputError, match="token 40 is not one of the 40, 0 to 39"):
+        decode(np.array([2, 40]))

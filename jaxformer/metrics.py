@@ -76,6 +76,28 @@ def cross_entropy(
     return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
 
 
+def top(
+    scores: Float[Array, "B V"],
+    labels: Int[Array, " B"],
+    weight: Float[Array, " B"] | None = None,
+) -> dict[str, Mean]:
+    """How often the true class has the greatest score (`top1`), or one of the first five.
+
+    Ties and NaN count against us, so that no output is right by luck.
+    """
+    V = scores.shape[-1]
+    truth = jnp.take_along_axis(scores, labels[:, None], axis=-1)
+    others = (~(scores < truth)).at[jnp.arange(len(labels)), labels].set(False)
+    rank = others.sum(-1)
+    return {f"top{k}": within(rank, min(k, V), weight) for k in (1, 5)}
+
+
+def within(rank: Int[Array, " B"], k: int, weight: Float[Array, " B"] | None = None) -> Mean:
+    """How many ranks, counted from 0, are below `k`; padding weighs 0."""
+    real = jnp.ones(rank.shape, bool) if weight is None else weight > 0
+    return Mean((real & (rank < k)).sum(dtype=jnp.int32), real.sum(dtype=jnp.int32))
+
+
 def classification(
     logits: Float[Array, "B V"],
     labels: Int[Array, " B"],
@@ -96,10 +118,6 @@ def classification(
     real = weight > 0
     probability = jax.nn.softmax(logits.astype(jnp.float32))
     nll = cross_entropy(logits, jax.nn.one_hot(labels, V))
-    truth = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Ties and NaN count against us, so that no output is right by luck.
-    others = (~(logits < truth)).at[jnp.arange(len(labels)), labels].set(False)
-    rank = others.sum(-1)
     guess, confidence = logits.argmax(-1), probability.max(-1)
     bin_of = jnp.minimum((confidence * bins).astype(jnp.int32), bins - 1)
     gap = jnp.where(real, confidence - (guess == labels), 0)
@@ -111,8 +129,7 @@ def classification(
 
     return {
         "loss": mean(nll),
-        "top1": mean((rank < 1).astype(jnp.int32)),
-        "top5": mean((rank < min(5, V)).astype(jnp.int32)),
+        **top(logits, labels, weight),
         "calibration": Calibration(
             jnp.zeros(bins).at[bin_of].add(gap),
             jnp.zeros(bins, jnp.int32).at[bin_of].add(ones),

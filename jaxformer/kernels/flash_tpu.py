@@ -58,6 +58,9 @@ class Step:
 
     `T`, `S`: the lengths; `rows`: of key scratch; `masked`: tiles come from a list, and
     those partly seen are masked. `spans`: of keys that each chunk sees, where known.
+    `widen`: products take float32, which gives the same sums. Where a kernel is
+    interpreted on a CPU, XLA moves a transpose into the product that takes it, and that of
+    jax 0.12 has no such product of bfloat16.
     """
 
     lanes: Lanes
@@ -66,6 +69,7 @@ class Step:
     S: int
     masked: bool
     spans: tiles.Spans | None = None
+    widen: bool = False
 
     @property
     def rows(self) -> int:
@@ -82,10 +86,15 @@ class Step:
     def flat(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1)
 
+    def multiply(self, a: Array, b: Array, *, contract: int) -> Array:
+        if self.widen:
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return multiply(a, b, contract=contract)
+
 
 def _forward(q, k, v, case, *, interpret):
     (B, T, N, H), K = q.shape, k.shape[2]
-    step = make_step(q, k, case, backward=False)
+    step = make_step(q, k, case, backward=False, widen=bool(interpret))
     lanes = step.lanes
     groups = K // lanes.K
     arrays, specs = inputs(q, k, v, case, step)
@@ -118,7 +127,7 @@ def _forward(q, k, v, case, *, interpret):
     return out.reshape(q.shape), lse.reshape(B, N, T)
 
 
-def make_step(q, k, case, *, backward) -> Step:
+def make_step(q, k, case, *, backward, widen=False) -> Step:
     """Chooses tiles and heads a step."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
     masked = case.intervals is not None
@@ -130,12 +139,12 @@ def make_step(q, k, case, *, backward) -> Step:
             sum(size for chunk in spans for _, size, _ in chunk) * tile.chunk * lanes.N
             <= tile.most
         ):
-            return Step(lanes, tile, T, S, True, spans)
+            return Step(lanes, tile, T, S, True, spans, widen)
     tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
     lanes = Lanes.of(N, K, H, tile.lanes)
     if backward and lanes.N * H > 1024 and tile.queries > 512:  # They would not fit.
         tile = dataclasses.replace(tile, queries=512, chunk=512)
-    return Step(lanes, tile, T, S, masked)
+    return Step(lanes, tile, T, S, masked, widen=widen)
 
 
 def cut(q, k, case, *, backward) -> list[slice]:
@@ -270,7 +279,7 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     """
     # In float32: it would round q another time, and logits by 2^-9.
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
-    s, slope = multiply(k, q, contract=1) * factor, None
+    s, slope = step.multiply(k, q, contract=1) * factor, None
     if case.softcap:
         t = jnp.tanh(s)
         s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
@@ -333,7 +342,7 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         new = jnp.maximum(LOW, new) if state is None else jnp.maximum(state[0], new)
         p = jnp.exp2(s - new).astype(vt_scr.dtype)
         vt = vt_scr[lanes.key_head(head), :, pl.ds(start, size)]
-        acc = multiply(vt, p, contract=0)
+        acc = step.multiply(vt, p, contract=0)
         if state is not None:
             top, before = state
             acc += before * jnp.exp2(top - new)

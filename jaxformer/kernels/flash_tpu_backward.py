@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import flash_tpu as forward
 from jaxformer.kernels import parts
-from jaxformer.kernels.arithmetic import LOG2E, multiply
+from jaxformer.kernels.arithmetic import LOG2E
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOW
 
@@ -46,7 +46,7 @@ def backward(
 
 def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    step = forward.make_step(q, k, case, backward=True)
+    step = forward.make_step(q, k, case, backward=True, widen=bool(interpret))
     lanes, flat = step.lanes, step.flat
     groups = K // lanes.K
     arrays, specs = forward.inputs(q, k, v, case, step)
@@ -138,7 +138,7 @@ def _kernel(refs, out, scr, *, case, step):
         q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
         k, v = scr["k"][window, keys], scr["v"][window, keys]
         found = forward.logits(refs, q, k, place, head, chunk, start, case, step, bounds)
-        return *found, multiply(v, g, contract=1)
+        return *found, step.multiply(v, g, contract=1)
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):
         (head, chunk), (start, size) = chain, tile
@@ -154,9 +154,9 @@ def _kernel(refs, out, scr, *, case, step):
         if slope is not None:
             ds *= slope
         p, ds = p.astype(scr["q"].dtype), ds.astype(scr["q"].dtype)
-        scr["dv"][window, keys] += multiply(p, scr["d_out"][head, queries], contract=0)
-        scr["dk"][window, keys] += multiply(ds, scr["q"][head, queries], contract=0)
-        more = multiply(scr["kt"][lanes.key_head(head), :, keys], ds, contract=0)
+        scr["dv"][window, keys] += step.multiply(p, scr["d_out"][head, queries], contract=0)
+        scr["dk"][window, keys] += step.multiply(ds, scr["q"][head, queries], contract=0)
+        more = step.multiply(scr["kt"][lanes.key_head(head), :, keys], ds, contract=0)
         return more if dqt is None else dqt + more
 
     def start_of(_):

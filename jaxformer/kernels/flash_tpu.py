@@ -83,9 +83,6 @@ class Step:
     def blocks(self) -> int:
         return pl.cdiv(self.T, self.tile.queries)
 
-    def flat(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], -1)
-
     def multiply(self, a: Array, b: Array, *, contract: int) -> Array:
         if self.widen:
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -176,11 +173,16 @@ def compiler_params(arrays, specs, scratch):
     )
 
 
+def flat(x: Array) -> Array:
+    """Heads side by side: `[B, T, N, H]` -> `[B, T, N * H]`."""
+    return x.reshape(*x.shape[:2], -1)
+
+
 def inputs(q, k, v, case, step):
     """What a kernel reads, and how it is cut into blocks, by name."""
     lanes, bq, S = step.lanes, step.tile.queries, step.S
     H = lanes.H
-    arrays = {"q": step.flat(q), "k": step.flat(k), "v": step.flat(v)}
+    arrays: dict = {"q": flat(q), "k": flat(k), "v": flat(v)}
     whole = pl.BlockSpec((1, S, lanes.K * H), lambda b, g, i: (b, 0, g))
     specs: dict = {
         "q": pl.BlockSpec((1, bq, lanes.N * H), lambda b, g, i: (b, i, g)),
@@ -191,16 +193,14 @@ def inputs(q, k, v, case, step):
         x, b0 = case.intervals, int(case.intervals.shape[0] > 1)
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
-    if case.intervals is not None and step.listed:
-        x, b0 = (
-            tiles.visits(case.intervals, S, bq, step.tile.keys),
-            int(case.intervals.shape[0] > 1),
-        )
-        x = x[:, :, None]
-        arrays["visits"] = x
-        specs["visits"] = pl.BlockSpec(
-            (1, 1, 1, x.shape[3]), lambda b, g, i: (b * b0, i, 0, 0), memory_space=pltpu.SMEM
-        )
+        if step.listed:
+            visits = tiles.visits(x, S, bq, step.tile.keys)[:, :, None]
+            arrays["visits"] = visits
+            specs["visits"] = pl.BlockSpec(
+                (1, 1, *visits.shape[2:]),
+                lambda b, g, i: (b * b0, i, 0, 0),
+                memory_space=pltpu.SMEM,
+            )
     if case.bias is not None:
         b1, n1 = (int(n > 1) for n in case.bias.shape[:2])
         heads = lanes.N if n1 else 1
@@ -242,33 +242,40 @@ def prepared(lanes, ref, refs, side):
             yield lanes.prepare(w.astype(jnp.float32), read, side).astype(w.dtype)
 
 
-def load_keys(refs, k_scr, case, step):
-    """Prepares the keys of a step, once for all blocks of queries."""
-    for u, w in enumerate(prepared(step.lanes, refs["k"], refs["sides"]["k"], case.k)):
+def lay_keys(windows, scr, step):
+    """Lays windows of keys or values into scratch; where there is no key, they are 0."""
+    for u, w in enumerate(windows):
         if step.rows > step.S:
-            k_scr[u, step.S // 16 * 16 :] = jnp.zeros_like(k_scr[u, step.S // 16 * 16 :])
-        k_scr[u, : step.S] = w
+            scr[u, step.S // 16 * 16 :] = jnp.zeros_like(scr[u, step.S // 16 * 16 :])
+        scr[u, : step.S] = w
+
+
+def lay_queries(windows, scr, lanes):
+    """Lays windows of queries into scratch: one a head, the others' lanes 0."""
+    for u, w in enumerate(windows):
+        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
+            scr[h] = lanes.only(w, h)
+
+
+def load_keys(refs, scr, case, step):
+    """Prepares the keys of a step, once for all blocks of queries."""
+    lay_keys(prepared(step.lanes, refs["k"], refs["sides"]["k"], case.k), scr, step)
+
+
+def load_queries(refs, scr, case, step):
+    """Prepares a block of queries."""
+    lay_queries(prepared(step.lanes, refs["q"], refs["sides"]["q"], case.q), scr, step.lanes)
 
 
 def load_values(v, vt_scr, step):
-    """Transposes the values of a step; where there is no key, they are 0."""
+    """Transposes the values of a step, with rows of ones below; without a key, they are 0."""
     H, S = step.lanes.H, step.S
     vt = v.T
     for j in range(step.lanes.K):
         if step.rows > S:
             vt_scr[j, :H, S // 128 * 128 :] = jnp.zeros_like(vt_scr[j, :H, S // 128 * 128 :])
         vt_scr[j, :H, :S] = vt[j * H : (j + 1) * H]
-        if vt_scr.shape[1] > H:
-            vt_scr[j, H:] = jnp.ones_like(vt_scr[j, H:])
-
-
-def load_queries(refs, q_scr, case, step):
-    """Prepares a block of queries: one window a head, the others' lanes 0."""
-    lanes = step.lanes
-    windows = prepared(lanes, refs["q"], refs["sides"]["q"], case.q)
-    for u, w in enumerate(windows):
-        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
-            q_scr[h] = lanes.only(w, h)
+        vt_scr[j, H:] = jnp.ones_like(vt_scr[j, H:])
 
 
 def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
@@ -348,7 +355,7 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
             acc += before * jnp.exp2(top - new)
         return new, acc
 
-    def start_of(_):
+    def start():
         acc = jnp.zeros((lanes.H + ONES, step.tile.chunk), jnp.float32)
         return jnp.full((1, step.tile.chunk), LOW), acc
 
@@ -362,13 +369,13 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
         lse_scr[head, :, pl.ds(chunk, step.tile.chunk)] = lse
 
-    sweep(refs, step, start_of, scores, absorb, finish)
+    sweep(refs, step, start, scores, absorb, finish)
     o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
     for h in range(lanes.N):
         lse_ref[0, 0, h : h + 1] = lse_scr[h]
 
 
-def sweep(refs, step, start_of, scores, absorb, finish):
+def sweep(refs, step, start, scores, absorb, finish):
     """Every head and chunk of queries over the tiles it sees.
 
     Some (head, chunk) chains go side by side, since a chain alone waits for itself:
@@ -380,7 +387,7 @@ def sweep(refs, step, start_of, scores, absorb, finish):
     side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
 
     def visit(states, chains, spans):
-        """`spans`: for each chain some of the keys, as in `tiles.Spans`."""
+        """Takes each chain over its own `spans`; a state is None until it has met a tile."""
         rounds = itertools.zip_longest(*spans)
         items = [(n, at) for some in rounds for n, at in enumerate(some) if at is not None]
         ready = []
@@ -395,16 +402,15 @@ def sweep(refs, step, start_of, scores, absorb, finish):
 
     def heads(first):
         chains = [(first + h, c) for h in range(side) for c in chunks]
-        states = [None] * len(chains)  # Until a tile has been seen.
-        if step.spans is not None:
-            spans = [step.spans[c // step.tile.chunk] for _, c in chains]
-            states = visit(states, chains, spans)
-        else:
-            states = (listed if step.masked else every)(states, chains)
-        for state, chain in zip(states, chains, strict=True):
-            finish(start_of(chain) if state is None else state, chain)
+        see = listed if step.listed else every if step.spans is None else known
+        for state, chain in zip(see(chains), chains, strict=True):
+            finish(start() if state is None else state, chain)
 
-    def every(states, chains):
+    def known(chains):
+        spans = [step.spans[c // step.tile.chunk] for _, c in chains]
+        return visit([None] * len(chains), chains, spans)
+
+    def every(chains):
         keys = step.tile.keys
         spans = [(s, min(keys, step.S - s), ()) for s in range(0, step.S, keys)]
         many = max(1, step.tile.unrolled // len(chains))
@@ -415,12 +421,13 @@ def sweep(refs, step, start_of, scores, absorb, finish):
             spans = [(base + m * keys, keys, ()) for m in range(many)]
             return visit(list(states), chains, [spans] * len(chains))
 
+        states = [None] * len(chains)
         if loops:
-            states = [start_of(chain) for chain in chains]
+            states = [start() for _ in chains]
             states = lax.fori_loop(0, loops, body, states)
         return visit(list(states), chains, [spans[loops * many :]] * len(chains))
 
-    def listed(states, chains):
+    def listed(chains):
         visits = refs["visits"]
 
         def body(bounds, n, states):
@@ -429,7 +436,7 @@ def sweep(refs, step, start_of, scores, absorb, finish):
             return visit(list(states), chains, [spans] * len(chains))
 
         full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
-        states = [start_of(chain) for chain in chains]
+        states = [start() for _ in chains]
         every_bound = tuple(range(refs["intervals"].shape[1]))
         states = lax.fori_loop(0, full, functools.partial(body, ()), states)
         return lax.fori_loop(full, total, functools.partial(body, every_bound), states)

@@ -47,11 +47,11 @@ def backward(
 def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     step = forward.make_step(q, k, case, backward=True, widen=bool(interpret))
-    lanes, flat = step.lanes, step.flat
+    lanes = step.lanes
     groups = K // lanes.K
     arrays, specs = forward.inputs(q, k, v, case, step)
     stats = pl.BlockSpec((1, 1, lanes.N, step.tile.queries), lambda b, g, i: (b, g, 0, i))
-    arrays |= {"out": flat(out), "d_out": flat(d_out.astype(q.dtype))}
+    arrays |= {"out": forward.flat(out), "d_out": forward.flat(d_out.astype(q.dtype))}
     specs |= {"out": specs["q"], "d_out": specs["q"]}
     for name, x in (("lse", lse), ("d_lse", d_lse)):
         if x is not None:
@@ -159,7 +159,7 @@ def _kernel(refs, out, scr, *, case, step):
         more = step.multiply(scr["kt"][lanes.key_head(head), :, keys], ds, contract=0)
         return more if dqt is None else dqt + more
 
-    def start_of(_):
+    def start():
         return jnp.zeros((lanes.H, step.tile.chunk), jnp.float32)
 
     def finish(dqt, chain):
@@ -167,23 +167,20 @@ def _kernel(refs, out, scr, *, case, step):
         rows = pl.ds(head * lanes.H, lanes.H)
         scr["dqt"][rows, pl.ds(chunk, step.tile.chunk)] = dqt * case.scale
 
-    forward.sweep(refs, step, start_of, scores, absorb, finish)
+    forward.sweep(refs, step, start, scores, absorb, finish)
     dq = scr["dqt"][...].T
     if case.q.plain:
         out["q"][0] = dq.astype(out["q"].dtype)
     else:
         _unprepare(refs, out, "q", lanes.split(dq), case.q, step, place[1])
-    at(step.blocks - 1, lambda: _store(refs, out, scr, case, step, case.scale))
+    at(step.blocks - 1, lambda: _store(refs, out, scr, case, step))
 
 
 def _load(refs, out, scr, case, step):
     """Lays out keys and values, and clears what grows."""
-    lanes, S, H = step.lanes, step.S, step.lanes.H
+    lanes, H = step.lanes, step.lanes.H
     forward.load_keys(refs, scr["k"], case, step)
-    for u, w in enumerate(lanes.split(refs["v"].at[0])):
-        if step.rows > S:
-            scr["v"][u, S // 16 * 16 :] = jnp.zeros_like(scr["v"][u, S // 16 * 16 :])
-        scr["v"][u, :S] = w
+    forward.lay_keys(lanes.split(refs["v"].at[0]), scr["v"], step)
     for u in range(lanes.K // lanes.heads):
         kt = scr["k"][u].T
         for slot in range(lanes.heads):
@@ -206,9 +203,7 @@ def _load_gradient(refs, scr, block, step):
         g = jnp.where(row, g, jnp.zeros_like(g))
         for h in range(lanes.N):
             scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
-    for u, w in enumerate(lanes.split(g)):
-        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
-            scr["d_out"][h] = lanes.only(w, h)
+    forward.lay_queries(lanes.split(g), scr["d_out"], lanes)
     lse = refs["lse"][0, 0] * LOG2E
     some = lse > -jnp.inf  # Rows with keys.
     lse = jnp.where(some, lse, 0.0)
@@ -224,11 +219,11 @@ def _load_gradient(refs, scr, block, step):
         scr["stats"][h, 0:1], scr["stats"][h, 1:2] = l, d
 
 
-def _store(refs, out, scr, case, step, factor):
+def _store(refs, out, scr, case, step):
     """Writes the gradients of keys and values, whole by now."""
     lanes, S = step.lanes, step.S
     count = lanes.K // lanes.heads
-    windows = (scr["dk"][u, :S] * factor for u in range(count))
+    windows = (scr["dk"][u, :S] * case.scale for u in range(count))
     if case.k.plain:
         lanes.store(out["k"], windows)
     else:

@@ -25,6 +25,8 @@ class Attention(nn.Module):
     num_kv_heads: int | None = None  # None: as many as query heads.
     qk_norm: Callable[..., nn.Module] | None = None  # RMSNorm or LayerNorm.
     use_bias: bool = False
+    key_bias: bool | None = None  # None: as use_bias.
+    out_bias: bool | None = None  # None: as use_bias.
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
@@ -44,8 +46,12 @@ class Attention(nn.Module):
             raise ValueError("angles rotate self-attention only; context has none")
         context = x if context is None else context
 
+        own = {"key": self.key_bias, "out": self.out_bias}
+
         def project(name: str, equation: str, **sizes: int) -> Einsum:
-            return Einsum(equation, sizes, self.use_bias, self.dtype, name=name)
+            bias = own.get(name)
+            bias = self.use_bias if bias is None else bias
+            return Einsum(equation, sizes, bias, self.dtype, name=name)
 
         q = project("query", "BTD,DNH->BTNH", N=N, H=H)(x)
         k = project("key", "BTD,DKH->BTKH", K=K, H=H)(context)

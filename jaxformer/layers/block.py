@@ -77,6 +77,7 @@ class Block(nn.Module):
     attention: nn.Module
     mlp: nn.Module
     norm: Callable[..., nn.Module] = LayerNorm
+    epsilon: float = 1e-6  # of the norms.
     layer_scale: float | None = None
     dropout: float = 0.0
 
@@ -89,6 +90,9 @@ class Block(nn.Module):
         drop_path_rate: float | Float[Array, ""] | None = None,
         **inputs,
     ) -> Float[Array, "B T D"]:
+        def norm(name: str) -> nn.Module:
+            return self.norm(epsilon=self.epsilon, name=name)
+
         def branch(y: Array, name: str) -> Array:
             if self.layer_scale is not None:
                 y = LayerScale(self.layer_scale, name=f"{name}_scale")(y)
@@ -98,9 +102,9 @@ class Block(nn.Module):
             return y
 
         x = constrain(x, "BTD")
-        y = self.attention(self.norm(name="attention_norm")(x), **inputs)
+        y = self.attention(norm("attention_norm")(x), **inputs)
         x += branch(y, "attention")
-        y = self.mlp(self.norm(name="mlp_norm")(x), train=train)
+        y = self.mlp(norm("mlp_norm")(x), train=train)
         return constrain(x + branch(y, "mlp"), "BTD")
 
 

@@ -16,12 +16,9 @@ from jaxtyping import Array, Float
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.block import Block, Mlp, Remat, Stack
 from jaxformer.layers.einsum import Einsum
-from jaxformer.layers.embed import Embedding, PatchEmbed
+from jaxformer.layers.embed import GridAngles, GridPosition, PatchEmbed, SincosPosition
 from jaxformer.layers.norm import LayerNorm, RMSNorm
-from jaxformer.layers.pool import AttentionPool
-from jaxformer.ops.patches import grid, sincos_2d
-from jaxformer.ops.rotary import angles_2d
-from jaxformer.sharding import constrain
+from jaxformer.layers.pool import AttentionPool, Average, First
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +54,72 @@ def named(name: str, **fields) -> "ViT":
     return ViT(**{**dataclasses.asdict(SIZES[size]), "patch": int(patch), **fields})
 
 
+class Encoder(nn.Module):
+    """Images to logits `[B, V]`, by parts: every vision transformer here is one of these.
+
+    `embed` makes tokens, `stack` and `norm` encode them, `pool` makes one vector of each
+    row, `neck` is done to that vector. With `num_classes=0` the vector is the result.
+    What it is called with, `embed` is.
+    """
+
+    embed: nn.Module  # (images) -> layers.embed.Tokens
+    stack: nn.Module
+    norm: nn.Module | None
+    pool: nn.Module
+    neck: nn.Module | None = None
+    num_classes: int = 0
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        zeros, sizes = nn.initializers.zeros, {"V": self.num_classes}
+        self.head = Einsum("BD,DV->BV", sizes, True, self.dtype, zeros)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, *inputs, train: bool = False) -> Float[Array, "B V"]:
+        x = self.features(*inputs, train=train)
+        return self.head(x).astype(jnp.float32) if self.num_classes else x
+
+    def features(self, *inputs, train: bool = False) -> Float[Array, "B D"]:
+        """The pooled vector of each row, before the head."""
+        x, pool = self._encode(*inputs, train=train)
+        x = self.pool(x, **pool)
+        return x if self.neck is None else self.neck(x)
+
+    def encode(self, *inputs, train: bool = False) -> Float[Array, "B T D"]:
+        """All tokens after the last norm, in the order of `embed`."""
+        return self._encode(*inputs, train=train)[0]
+
+    def _encode(self, *inputs, train: bool):
+        x, block, pool = self.embed(*inputs, train=train)
+        x = self.drop(x, deterministic=not train)
+        x = self.stack(x, train=train, **block)
+        return (x if self.norm is None else self.norm(x)), pool
+
+
+class TwoHeads(Encoder):
+    """DeiT with its teacher's head: the mean of what the first two tokens say.
+
+    Source: Touvron et al. 2021, arXiv 2012.12877.
+    """
+
+    def setup(self):
+        super().setup()
+        zeros, sizes = nn.initializers.zeros, {"V": self.num_classes}
+        self.second_head = Einsum("BD,DV->BV", sizes, True, self.dtype, zeros)
+
+    def __call__(self, *inputs, train: bool = False) -> Float[Array, "B V"]:
+        x = self.encode(*inputs, train=train)
+        return ((self.head(x[:, 0]) + self.second_head(x[:, 1])) / 2).astype(jnp.float32)
+
+
 class ViT(nn.Module):
-    """Vision transformer.
+    """Vision transformer by its numbers; `parts()` is the same as an `Encoder`.
 
     `model.apply({"params": params}, images)` gives logits `[B, V]`; with `num_classes=0`
     it gives the pooled features `[B, D]`. Images have values around 0, `[B, Y, X, C]`.
+    Learned positions are of images of `size` pixels, (rows, columns), and resized for
+    others; without `size` they are of the images that come, which then never change.
     """
 
     width: int
@@ -70,6 +128,7 @@ class ViT(nn.Module):
     num_heads: int
     patch: int
     num_classes: int = 1000
+    size: tuple[int, int] | None = None
     positions: Literal["learned", "sincos", "rotary"] = "learned"
     pool: Literal["cls", "gap", "map"] = "cls"
     registers: int = 0
@@ -82,19 +141,58 @@ class ViT(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
+        self.encoder = self.parts()
+        nn.share_scope(self, self.encoder)  # Its parameters are this module's.
+
+    def __call__(
+        self, images: Float[Array, "B Y X C"], *, train: bool = False
+    ) -> Float[Array, "B V"]:
+        return self.encoder(images, train=train)
+
+    def features(
+        self, images: Float[Array, "B Y X C"], *, train: bool = False
+    ) -> Float[Array, "B D"]:
+        """The pooled vector of each image, before the head."""
+        return self.encoder.features(images, train=train)
+
+    def encode(
+        self, images: Float[Array, "B Y X C"], *, train: bool = False
+    ) -> Float[Array, "B T D"]:
+        """All tokens after the last norm: class token (pool cls), registers, patches."""
+        return self.encoder.encode(images, train=train)
+
+    def parts(self) -> Encoder:
+        """The parts that these numbers stand for.
+
+        Raises:
+          ValueError: heads that do not divide the width; an unknown pool or positions.
+        """
         D, dtype = self.width, self.dtype
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} must divide width={self.width}")
-        if self.pool not in ("cls", "gap", "map"):
-            raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
-        if self.positions not in ("learned", "sincos", "rotary"):
+        if D % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide width={D}")
+        prefix = int(self.pool == "cls")
+        grid = None
+        if self.size is not None:
+            grid = (self.size[0] // self.patch, self.size[1] // self.patch)
+        position = rotary = None
+        if self.positions == "learned":
+            position = GridPosition(D, shape=grid, prefix=prefix, parent=None)
+        elif self.positions == "sincos":
+            position = SincosPosition(D, parent=None)
+        elif self.positions == "rotary":
+            rotary = GridAngles(D // self.num_heads, parent=None)
+        else:
             raise ValueError(
                 f"positions={self.positions!r} must be one of learned, sincos, rotary"
             )
-        self.embed = PatchEmbed(self.patch, D, dtype)
-        self.position = Embedding(D)
-        self.cls = Embedding(D)
-        self.register_tokens = Embedding(D, name="registers")
+        if self.pool == "cls":
+            pool = First(parent=None)
+        elif self.pool == "gap":
+            pool = Average(self.registers, parent=None)
+        elif self.pool == "map":
+            pool = AttentionPool(self._attention(), self._mlp(), parent=None)
+        else:
+            raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
         block = Block(
             self._attention(),
             self._mlp(),
@@ -102,50 +200,25 @@ class ViT(nn.Module):
             dropout=self.dropout,
             parent=None,
         )
-        self.stack = Stack(block, self.depth, self.remat, self.unroll, self.drop_path)
-        self.norm = LayerNorm()
-        self.attention_pool = AttentionPool(self._attention(), self._mlp(), name="pool")
-        zeros, sizes = nn.initializers.zeros, {"V": self.num_classes}
-        self.head = Einsum("BD,DV->BV", sizes, True, dtype, zeros)
-        self.drop = nn.Dropout(self.dropout)
-
-    def __call__(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B V"]:
-        x = self.encode(images, train=train)
-        if self.pool == "cls":
-            x = x[:, 0]
-        elif self.pool == "gap":
-            x = x[:, self.registers :].mean(1)
-        else:
-            x = self.attention_pool(x)
-        return self.head(x).astype(jnp.float32) if self.num_classes else x
-
-    def encode(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B T D"]:
-        """All tokens after the last norm: class token (pool cls), registers, patches."""
-        _, Y, X, _ = images.shape
-        y, x_ = Y // self.patch, X // self.patch
-        first = int(self.pool == "cls")
-        x = self.embed(images)
-        if first:
-            x = _prepend(self.cls(1), x)
-        angles = None
-        if self.positions == "learned":
-            x += self.position(x.shape[1]).astype(x.dtype)[None]
-        elif self.positions == "sincos":
-            position = jnp.asarray(sincos_2d(y, x_, self.width), x.dtype)
-            x += jnp.pad(position, ((first, 0), (0, 0)))[None]
-        else:
-            angles = angles_2d(*grid(y, x_), self.width // self.num_heads)
-            prefix = self.registers + first  # Not rotated: an angle of 0.
-            angles = jnp.pad(angles, ((prefix, 0), (0, 0)))[None]
-        if self.registers:
-            registers = _prepend(self.register_tokens(self.registers), x[:, first:])
-            x = jnp.concatenate([x[:, :first], registers], axis=1)
-        x = self.drop(constrain(x, "BTD"), deterministic=not train)
-        return self.norm(self.stack(x, train=train, angles=angles))
+        return Encoder(
+            PatchEmbed(
+                self.patch,
+                D,
+                position,
+                rotary,
+                prefix,
+                self.registers,
+                dtype=dtype,
+                parent=None,
+            ),
+            Stack(block, self.depth, self.remat, self.unroll, self.drop_path, parent=None),
+            LayerNorm(parent=None),
+            pool,
+            num_classes=self.num_classes,
+            dropout=self.dropout,
+            dtype=dtype,
+            parent=None,
+        )
 
     def _attention(self) -> Attention:
         return Attention(
@@ -165,12 +238,6 @@ class ViT(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-
-
-def _prepend(tokens: Array, x: Array) -> Array:
-    """Puts the same tokens, `T D`, before the rows of every example."""
-    tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], *tokens.shape))
-    return jnp.concatenate([tokens, x], axis=1)
 
 
 def flops(model: ViT, shape: tuple[int, int, int] = (224, 224, 3)) -> int:

@@ -16,3 +16,8 @@ def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     on a CPU.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`x * sigmoid(1.702 x)`, the GELU of the first CLIP. Source: Hendrycks and Gimpel 2016."""
+    return x * jax.nn.sigmoid(1.702 * x)

@@ -9,7 +9,7 @@ from jaxformer.layers.attention import Attention
 from jaxformer.layers.block import Block, LayerScale, Mlp, Stack, drop_path
 from jaxformer.layers.norm import LayerNorm, RMSNorm
 from jaxformer.layers.pool import AttentionPool
-from jaxformer.ops.activation import gelu, gelu_tanh, silu
+from jaxformer.ops.activation import gelu, gelu_tanh, quick_gelu, silu
 from jaxformer.ops.attention import attend
 from jaxformer.ops.mask import Causal
 from jaxformer.ops.rotary import angles
@@ -111,6 +111,7 @@ ACTIVATIONS = {
         gelu_tanh,
         lambda x: 0.5 * x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))),
     ),
+    "quick_gelu": (quick_gelu, lambda x: x / (1 + jnp.exp(-1.702 * x))),
     "silu": (silu, lambda x: x / (1 + jnp.exp(-x))),
 }
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def test_the_parameter_tree_is_a_public_format():
     norms = [f"{block}attention_norm", f"{block}mlp_norm", "norm"]
     expected = {f"{n}/{leaf}" for n in linear for leaf in ("kernel", "bias")}
     expected |= {f"{n}/{leaf}" for n in norms for leaf in ("scale", "bias")}
-    expected |= {f"{n}/embedding" for n in ("cls", "registers", "position")}
+    expected |= {f"embed/{n}/embedding" for n in ("cls", "registers", "position")}
     assert paths == expected
 
 
@@ -136,3 +138,35 @@ def test_works_through_the_nnx_bridge(key):
     params = nnx.to_pure_dict(nnx.state(bridged, nnx.Param))
     expected = model.apply({"params": params}, images)
     np.testing.assert_allclose(bridged(images), expected, atol=1e-6)
+
+
+def test_learned_positions_follow_the_size_of_the_image(key):
+    """As torch resizes them: the class token keeps its own, equal grids are untouched."""
+    model = ViT(**TINY, size=(8, 12))
+    params = nn.unbox(model.init(key, jnp.zeros((1, 8, 12, 3))))["params"]
+    position = params["embed"]["position"]["embedding"]
+    assert position.shape == (1 + 2 * 3, 24)
+    grid = model.parts().embed.position
+    with jax.numpy_rank_promotion("allow"):
+        same, other = (
+            grid.apply({"params": {"embedding": position}}, *s) for s in [(2, 3), (4, 5)]
+        )
+    np.testing.assert_array_equal(same, position)
+    np.testing.assert_array_equal(other[0], position[0])
+    assert other.shape == (21, 24)
+    images = jax.random.normal(key, (1, 16, 20, 3))
+    assert jnp.isfinite(model.apply({"params": params}, images)).all()
+
+
+def test_parts_are_the_model(key):
+    model = ViT(**TINY, pool="map", registers=2)
+    images = jax.random.normal(key, (2, 8, 8, 3))
+    v = model.init(key, images)
+    np.testing.assert_array_equal(model.apply(v, images), model.parts().apply(v, images))
+    assert model.apply(v, images, method="features").shape == (2, 24)
+
+
+def test_an_image_of_other_channels_is_told():
+    embed = dataclasses.replace(ViT(**TINY).parts().embed, channels=3)
+    with pytest.raises(ValueError, match="images have 4 channels; the model takes 3"):
+        embed.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))

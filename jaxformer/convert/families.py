@@ -1,0 +1,6 @@
+"""Every family, by the `model_type` of its config. A new family is a file and a line here."""
+
+from jaxformer.convert import vit
+from jaxformer.convert.engine import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (vit.VIT, vit.DEIT)}

@@ -1,0 +1,104 @@
+"""Entries of the parts that many families share."""
+
+from collections.abc import Mapping
+
+from jaxformer.convert.engine import Entry
+
+
+def linear(ours: str, theirs: str, bias: bool = True, **entry) -> list[Entry]:
+    """A linear layer: torch has `[out, in]`."""
+    found = [Entry(f"{ours}/kernel", f"{theirs}.weight", "O I -> I O", **entry)]
+    return found + (
+        [Entry(f"{ours}/bias", f"{theirs}.bias", "O -> O", **entry)] if bias else []
+    )
+
+
+def norm(ours: str, theirs: str, bias: bool = True, **entry) -> list[Entry]:
+    """LayerNorm, or RMSNorm without `bias`."""
+    found = [Entry(f"{ours}/scale", f"{theirs}.weight", "D -> D", **entry)]
+    return found + (
+        [Entry(f"{ours}/bias", f"{theirs}.bias", "D -> D", **entry)] if bias else []
+    )
+
+
+def patches(ours: str, theirs: str, patch: int, bias: bool = True) -> list[Entry]:
+    """A strided convolution as the product that it is."""
+    sizes = {"p": patch, "q": patch}
+    layout = "D C p q -> (p q C) D"
+    found = [Entry(f"{ours}/kernel", f"{theirs}.weight", layout, sizes)]
+    return found + ([Entry(f"{ours}/bias", f"{theirs}.bias", "D -> D")] if bias else [])
+
+
+def attention(
+    ours: str,
+    theirs: str,
+    names: Mapping[str, str],
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    bias: bool = True,
+    without: tuple[str, ...] = (),
+    **entry,
+) -> list[Entry]:
+    """Query, key, value and out, each a linear layer of its own.
+
+    Args:
+      ours: the path of the attention, such as "stack/block/attention".
+      theirs: what stands before `names`, such as "encoder.layer.{}.attention".
+      names: what theirs calls `query`, `key`, `value` and `out`.
+      heads: of queries.
+      kv_heads: of keys and values, where they are fewer.
+      bias: whether the four have one.
+      without: those of the four that have none all the same.
+      **entry: more of each `Entry`.
+    """
+    found = []
+    for name, count in (
+        ("query", heads),
+        ("key", kv_heads or heads),
+        ("value", kv_heads or heads),
+    ):
+        path, tensor, sizes = f"{ours}/{name}", f"{theirs}.{names[name]}", {"N": count}
+        found.append(
+            Entry(f"{path}/kernel", f"{tensor}.weight", "(N H) D -> D N H", sizes, **entry)
+        )
+        if bias and name not in without:
+            found.append(
+                Entry(f"{path}/bias", f"{tensor}.bias", "(N H) -> N H", sizes, **entry)
+            )
+    path, tensor = f"{ours}/out", f"{theirs}.{names['out']}"
+    found.append(
+        Entry(f"{path}/kernel", f"{tensor}.weight", "D (N H) -> N H D", {"N": heads}, **entry)
+    )
+    if bias and "out" not in without:
+        found.append(Entry(f"{path}/bias", f"{tensor}.bias", "D -> D", **entry))
+    return found
+
+
+def fused_attention(
+    ours: str, qkv: str, out: str, heads: int, *, bias: bool = True, **entry
+) -> list[Entry]:
+    """Query, key and value in one tensor, one after the other, and `out` beside it.
+
+    `qkv` and `out` are names without `.weight`; torch's own attention writes `in_proj` as
+    one word, `in_proj_weight`: name it `...in_proj_` for that.
+    """
+    found, sizes = [], {"N": heads}
+    dot = "" if qkv.endswith("_") else "."
+    for i, name in enumerate(("query", "key", "value")):
+        part = {"part": (i, 3), **entry}
+        found.append(
+            Entry(
+                f"{ours}/{name}/kernel", f"{qkv}{dot}weight", "(N H) D -> D N H", sizes, **part
+            )
+        )
+        if bias:
+            found.append(
+                Entry(f"{ours}/{name}/bias", f"{qkv}{dot}bias", "(N H) -> N H", sizes, **part)
+            )
+    found.append(
+        Entry(f"{ours}/out/kernel", f"{out}.weight", "D (N H) -> N H D", sizes, **entry)
+    )
+    if bias:
+        found.append(Entry(f"{ours}/out/bias", f"{out}.bias", "D -> D", **entry))
+    return found

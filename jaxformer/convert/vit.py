@@ -1,0 +1,193 @@
+"""ViT and DeiT of transformers: `ViTModel`, `ViTForImageClassification`, and the DeiT ones."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.convert import parts
+from jaxformer.convert.config import (
+    activation_of,
+    classes,
+    labels,
+    name_of,
+    number,
+    pair,
+)
+from jaxformer.convert.engine import Entry, Family
+from jaxformer.errors import InputError
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.block import Block, Mlp, Stack
+from jaxformer.layers.embed import GridPosition, PatchEmbed
+from jaxformer.layers.norm import LayerNorm
+from jaxformer.layers.pool import First, TanhLayer
+from jaxformer.models.vit import Encoder, TwoHeads
+
+NAMES = {
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "out": "output.dense",
+}
+# What transformers 5 calls these in memory, and a prefix that a model alone has not.
+_MEMORY = (
+    (r"(^|\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"(layer\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"(layer\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+)
+
+
+def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> Encoder:
+    D = number(config, "hidden_size", 768)
+    N = number(config, "num_attention_heads", 12)
+    if D % N:
+        raise InputError(f"config.json: num_attention_heads={N} must divide hidden_size={D}")
+    size, patch = pair(config, "image_size", 224), number(config, "patch_size", 16)
+    if size[0] % patch or size[1] % patch:
+        raise InputError(f"config.json: patch_size={patch} must divide image_size={size}")
+    pooled = f"{kind}.pooler.dense.weight" in names
+    if pooled and config.get("pooler_act", "tanh") != "tanh":
+        raise InputError("config.json: pooler_act must be 'tanh'; no other is known")
+    prefix = 2 if kind == "deit" else 1
+    epsilon = number(config, "layer_norm_eps", 1e-12)
+    teacher = "cls_classifier.weight" in names
+    return (TwoHeads if teacher else Encoder)(
+        PatchEmbed(
+            patch,
+            D,
+            GridPosition(D, shape=(size[0] // patch, size[1] // patch), prefix=prefix),
+            prefix=prefix,
+            channels=number(config, "num_channels", 3),
+            dtype=dtype,
+        ),
+        Stack(
+            Block(
+                Attention(
+                    N,
+                    D // N,
+                    use_bias=bool(config.get("qkv_bias", True)),
+                    out_bias=True,
+                    dtype=dtype,
+                ),
+                Mlp(
+                    number(config, "intermediate_size", 3072),
+                    activation_of(config, "hidden_act", "gelu"),
+                    use_bias=True,
+                    dtype=dtype,
+                ),
+                epsilon=epsilon,
+            ),
+            number(config, "num_hidden_layers", 12),
+        ),
+        LayerNorm(epsilon),
+        First(),
+        TanhLayer(number(config, "pooler_output_size", D), dtype=dtype) if pooled else None,
+        classes(config) if teacher or "classifier.weight" in names else 0,
+        dtype=dtype,
+    )
+
+
+def _config(kind: str, model: Any) -> dict[str, Any] | None:
+    if not isinstance(model, Encoder) or not isinstance(model.embed, PatchEmbed):
+        return None
+    embed, stack, position = model.embed, model.stack, model.embed.position
+    if not isinstance(position, GridPosition) or position.shape is None:
+        return None
+    if embed.prefix != (2 if kind == "deit" else 1):
+        return None
+    block = stack.block
+    name = {"vit": "ViT", "deit": "DeiT"}[kind]
+    task = "ForImageClassification" if model.num_classes else "Model"
+    task += "WithTeacher" if isinstance(model, TwoHeads) else ""
+    neck = {"pooler_output_size": model.neck.width} if isinstance(model.neck, TanhLayer) else {}
+    config = {
+        "architectures": [name + task],
+        "model_type": kind,
+        "hidden_size": embed.width,
+        "num_hidden_layers": stack.depth,
+        "num_attention_heads": block.attention.num_heads,
+        "intermediate_size": block.mlp.width,
+        "hidden_act": name_of(block.mlp.activation),
+        "layer_norm_eps": block.epsilon,
+        "image_size": [n * embed.patch for n in position.shape],
+        "patch_size": embed.patch,
+        "num_channels": embed.channels or 3,
+        "qkv_bias": block.attention.use_bias,
+        **neck,
+        **(labels(model.num_classes) if model.num_classes else {}),
+    }
+    if position.shape[0] == position.shape[1]:
+        config["image_size"] = config["image_size"][0]
+    return config
+
+
+def _entries(kind: str, model: Any) -> list[Entry]:
+    embed, layer = model.embed, f"{kind}.encoder.layer.{{}}"
+    block = model.stack.block
+    found = [
+        Entry(
+            "embed/position/embedding",
+            f"{kind}.embeddings.position_embeddings",
+            "() T D -> T D",
+        ),
+        *parts.patches(
+            "embed/patch", f"{kind}.embeddings.patch_embeddings.projection", embed.patch
+        ),
+        *parts.attention(
+            "stack/block/attention",
+            f"{layer}.attention",
+            NAMES,
+            block.attention.num_heads,
+            without=() if block.attention.use_bias else ("query", "key", "value"),
+        ),
+        *parts.norm("stack/block/attention_norm", f"{layer}.layernorm_before"),
+        *parts.norm("stack/block/mlp_norm", f"{layer}.layernorm_after"),
+        *parts.linear("stack/block/mlp/up", f"{layer}.intermediate.dense"),
+        *parts.linear("stack/block/mlp/down", f"{layer}.output.dense"),
+        *parts.norm("norm", f"{kind}.layernorm"),
+    ]
+    for i, name in enumerate(("cls_token", "distillation_token")[: embed.prefix]):
+        found.append(
+            Entry("embed/cls/embedding", f"{kind}.embeddings.{name}", "() () D -> D", at=i)
+        )
+    if model.neck is not None:
+        found += parts.linear("neck/linear", f"{kind}.pooler.dense")
+    if isinstance(model, TwoHeads):
+        found += parts.linear("head", "cls_classifier")
+        found += parts.linear("second_head", "distillation_classifier")
+    elif model.num_classes:
+        found += parts.linear("head", "classifier")
+    return found
+
+
+def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
+    embed = model.embed
+    rows, columns = (n * embed.patch for n in embed.position.shape)
+    return [jax.ShapeDtypeStruct((1, rows, columns, embed.channels or 3), jnp.float32)]
+
+
+def _spell(kind: str, model: Any, name: str) -> str:
+    """A model without a classifier has its tensors without the prefix."""
+    return name if model.num_classes else name.removeprefix(f"{kind}.")
+
+
+def _family(kind: str) -> Family:
+    alone = rf"^(?!{kind}\.|classifier|cls_classifier|distillation_classifier)"
+    return Family(
+        name=kind,
+        model=functools.partial(_model, kind),
+        config=functools.partial(_config, kind),
+        entries=functools.partial(_entries, kind),
+        inputs=_inputs,
+        rename=(*_MEMORY, (alone, f"{kind}.")),
+        ignore=(r"embeddings\.mask_token$",),
+        spell=functools.partial(_spell, kind),
+    )
+
+
+VIT, DEIT = _family("vit"), _family("deit")

@@ -1,0 +1,113 @@
+"""`python -m tests.parity.make [--check] [NAME ...]`: records the originals, or checks them.
+
+Needs the extra `parity`. `--check` runs each original from its recorded files and compares
+its answers with what is recorded; then it runs the original from what our `save` wrote of
+our parameters, and compares again.
+"""
+
+import argparse
+import logging
+import math
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+
+from jaxformer import convert
+from tests.parity.case import TOLERANCE, Case, distance, weights
+from tests.parity.cases import CASES
+
+LIMIT = 400_000  # bytes of one case.
+
+
+def record(case: Case) -> None:
+    """Writes the original with random parameters, its answers and its gradients."""
+    shutil.rmtree(case.directory, ignore_errors=True)
+    module = case.original().eval()
+    randomise(module, case.scales)
+    module.save_pretrained(case.directory)
+    inputs = case.inputs(np.random.default_rng(3))
+    outputs = case.theirs(module, {k: torch.from_numpy(v) for k, v in inputs.items()})
+    found = {name: out.detach().numpy() for name, out in outputs.items()}
+    if case.gradients:
+        w = weights(found)
+        sum((outputs[n] * torch.from_numpy(w[n])).sum() for n in outputs).backward()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+        module.save_pretrained(case.directory / "gradients")
+        for path in (case.directory / "gradients").iterdir():
+            if path.suffix == ".json" and "index" not in path.name:
+                path.unlink()
+    (case.directory / "generation_config.json").unlink(missing_ok=True)
+    arrays = {f"in:{k}": v for k, v in inputs.items()} | {
+        f"out:{k}": v for k, v in found.items()
+    }
+    np.savez_compressed(case.directory / "answers.npz", **arrays)
+    size = sum(p.stat().st_size for p in case.directory.rglob("*") if p.is_file())
+    assert size < LIMIT, f"{case.name}: {size:,} bytes; make it smaller"
+    print(f"{case.name}: recorded, {size:,} bytes")
+
+
+def randomise(module: torch.nn.Module, scales) -> None:
+    """Every parameter: N(0, 1 / fan-in) for matrices, and 0.3 N added to all the others."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, p in sorted(module.named_parameters()):
+            noise = torch.randn_like(p)
+            if p.ndim >= 2:
+                p.copy_(noise / math.sqrt(math.prod(p.shape[1:])))
+            else:
+                p.add_(0.3 * noise)
+            for part, factor in scales.items():
+                if part in name:
+                    p.mul_(factor)
+
+
+def check(case: Case) -> bool:
+    """Whether the original still answers what is recorded, from its files and from ours."""
+    kind = type(case.original())
+    inputs, recorded = case.answers()
+    tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    model, params = convert.load(case.directory)
+    worst = {}
+    with tempfile.TemporaryDirectory() as ours, torch.no_grad():
+        convert.save(ours, model, params)
+        for name, directory in (
+            ("recorded", case.directory),
+            ("saved by us", pathlib.Path(ours)),
+        ):
+            module, told = kind.from_pretrained(directory, output_loading_info=True)
+            wrong = {k: v for k, v in told.items() if v}
+            found = case.theirs(module.eval(), tensors)
+            found = {k: v.detach().numpy() for k, v in found.items()}
+            worst[name] = float("inf") if wrong else distance(found, recorded)
+    fine = max(worst.values()) < TOLERANCE / 10
+    print(f"{case.name}: {'equal' if fine else 'DIFFERENT'} {worst}")
+    return fine
+
+
+def main() -> int:
+    """Records or checks the named cases, or all."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.make")
+    parser.add_argument("names", nargs="*", default=list(CASES))
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    cases = [CASES[name] for name in args.names]
+    if args.check:
+        fine = [check(case) for case in cases]
+        return 0 if all(fine) else 1
+    for case in cases:
+        record(case)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

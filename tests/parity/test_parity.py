@@ -1,0 +1,74 @@
+"""Every recorded original: outputs, gradients, what is saved again, and facts made wrong."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxformer import convert
+from jaxformer.convert import files
+from tests.parity.case import (
+    GRADIENT_TOLERANCE,
+    TOLERANCE,
+    distance,
+    gradient_distance,
+    total,
+)
+from tests.parity.cases import CASES
+
+# Little is computed here, so that compiling is what takes time.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
+load = functools.cache(lambda name: convert.load(CASES[name].directory))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_the_originals(name):
+    case = CASES[name]
+    inputs, theirs = case.answers()
+    model, params = load(name)
+
+    def answer(params, inputs):
+        ours = case.ours(model, {"params": params}, inputs)
+        return total(ours), ours
+
+    if not case.gradients:
+        _, ours = jit(answer)(params, inputs)
+        assert distance(ours, theirs) <= TOLERANCE
+        return
+    (_, ours), grads = jit(jax.value_and_grad(answer, has_aux=True))(params, inputs)
+    assert distance(ours, theirs) <= TOLERANCE
+    assert gradient_distance(grads, case.gradient_of_theirs(model)) <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"), [(c.name, fact) for c in CASES.values() for fact in c.mutations]
+)
+def test_one_wrong_fact_is_noticed(name, fact):
+    case = CASES[name]
+    inputs, theirs = case.answers()
+    model, params = load(name)
+    model, inputs = case.mutations[fact](model, inputs)
+    ours = jit(lambda p, x: case.ours(model, {"params": p}, x))(params, inputs)
+    assert distance(ours, theirs) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_is_what_was_loaded(name, tmp_path):
+    case = CASES[name]
+    model, params = load(name)
+    convert.save(tmp_path, model, params, kind=files.read_config(case.directory)["model_type"])
+    before, after = (files.open_tensors(d) for d in (case.directory, tmp_path))
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key].read(), after[key].read())
+    again, _ = convert.load(tmp_path)
+    assert again == model
+
+
+def test_every_recording_has_a_case():
+    """And none is left of a case that is gone."""
+    from tests.parity.case import RECORDED
+
+    assert {p.name for p in RECORDED.iterdir()} == set(CASES)

@@ -38,8 +38,9 @@ from jaxformer.kernels.flash_gpu_tile import (
     visible,
     width,
 )
-from jaxformer.kernels.flash_gpu_visits import Visits, clip, kinds, walk
+from jaxformer.kernels.flash_gpu_walk import lists, walk
 from jaxformer.kernels.tiles import gpu
+from jaxformer.kernels.visits import clip
 
 
 def forward(
@@ -63,7 +64,6 @@ def forward(
     p = Problem.of(q, k, v, case)
     case = _clipped(case, p)
     size = gpu("forward", p.T, p.S, p.H, p.dtype, laden=p.laden)
-    kind = kinds(case.intervals, p, size.queries, size.keys)
     out, lse = pl.pallas_call(
         functools.partial(_forward, p, size),
         out_shape=(
@@ -74,7 +74,7 @@ def forward(
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_forward",
-    )(q, k, v, CaseRefs.of(case), Visits.of(kind))
+    )(q, k, v, CaseRefs.of(case), lists(p, case, size))
     return out, lse
 
 

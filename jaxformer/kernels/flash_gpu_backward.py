@@ -36,7 +36,7 @@ from jaxformer.kernels.flash_gpu_tile import (
     visible,
     width,
 )
-from jaxformer.kernels.flash_gpu_visits import Visits, kinds, walk, walk_unseen
+from jaxformer.kernels.flash_gpu_walk import lists, walk, walk_unseen
 from jaxformer.kernels.tiles import gpu
 
 
@@ -69,7 +69,6 @@ def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dq, the bias's gradient in every batch and head, and sums for the queries' norm."""
     size = gpu("queries", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.T, size.queries)
-    kind = kinds(case.intervals, p, size.queries, size.keys)
     out = {"rows": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if case.bias is not None:
         whole = (p.B, p.N, p.T, p.S)
@@ -83,7 +82,7 @@ def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_gradients_by_queries",
-    )(q, k, v, CaseRefs.of(case), rows, Visits.of(kind))
+    )(q, k, v, CaseRefs.of(case), rows, lists(p, case, size))
     return out["rows"], *(out.get(name) for name in ("bias", "scale", "shift"))
 
 
@@ -91,7 +90,6 @@ def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dk and dv, and sums for the keys' norm."""
     size = gpu("keys", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.S, size.keys)
-    kind = kinds(case.intervals, p, size.queries, size.keys)
     out = {"rows": jax.ShapeDtypeStruct(k.shape, k.dtype), "v": jax.ShapeDtypeStruct.like(v)}
     out |= _norm_sums((p.B, p.K, blocks, p.H), case.k)
     out = pl.pallas_call(
@@ -101,14 +99,7 @@ def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
         compiler_params=triton.CompilerParams(size.warps, size.stages),
         interpret=interpret,
         name="attention_gradients_by_keys",
-    )(
-        q,
-        k,
-        v,
-        CaseRefs.of(case),
-        rows,
-        None if kind is None else Visits.of(kind.swapaxes(1, 2)),
-    )
+    )(q, k, v, CaseRefs.of(case), rows, lists(p, case, size, swap=True))
     return out["rows"], out["v"], *(out.get(name) for name in ("scale", "shift"))
 
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.kernels import parts, tiles
+from jaxformer.kernels import parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
 from jaxformer.kernels.lanes import Lanes, sides
@@ -68,7 +68,7 @@ class Step:
     T: int
     S: int
     masked: bool
-    spans: tiles.Spans | None = None
+    spans: visits.Spans | None = None
     widen: bool = False
 
     @property
@@ -130,7 +130,7 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
     masked = case.intervals is not None
     if masked and case.known is not None:
         tile = tiles.tpu_known(T, S, H, backward=backward)
-        spans = tiles.spans(case.known.intervals, S, tile.chunk, tile.keys)
+        spans = visits.spans(case.known.intervals, S, tile.chunk, tile.keys)
         lanes = Lanes.of(N, K, H, tile.lanes)
         if (
             sum(size for chunk in spans for _, size, _ in chunk) * tile.chunk * lanes.N
@@ -180,8 +180,7 @@ def flat(x: Array) -> Array:
 
 def inputs(q, k, v, case, step):
     """What a kernel reads, and how it is cut into blocks, by name."""
-    lanes, bq, S = step.lanes, step.tile.queries, step.S
-    H = lanes.H
+    lanes, H, bq, S = step.lanes, step.lanes.H, step.tile.queries, step.S
     arrays: dict = {"q": flat(q), "k": flat(k), "v": flat(v)}
     whole = pl.BlockSpec((1, S, lanes.K * H), lambda b, g, i: (b, 0, g))
     specs: dict = {
@@ -194,10 +193,11 @@ def inputs(q, k, v, case, step):
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
         if step.listed:
-            visits = tiles.visits(x, S, bq, step.tile.keys)[:, :, None]
-            arrays["visits"] = visits
+            kind = visits.kinds(visits.clip(x, S), S, bq, step.tile.keys)
+            order, counts = visits.Visits.of(kind)
+            arrays["visits"] = jnp.concatenate([counts, order], -1)[:, :, None]
             specs["visits"] = pl.BlockSpec(
-                (1, 1, *visits.shape[2:]),
+                (1, 1, *arrays["visits"].shape[2:]),
                 lambda b, g, i: (b * b0, i, 0, 0),
                 memory_space=pltpu.SMEM,
             )
@@ -282,7 +282,7 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
     """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
 
     `place`: the group of heads and the block of queries. `head` counts in the step,
-    `chunk` and `start` are the first query and key; see `tiles.Spans` for `bounds`.
+    `chunk` and `start` are the first query and key; see `visits.Spans` for `bounds`.
     """
     # In float32: it would round q another time, and logits by 2^-9.
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
@@ -428,14 +428,14 @@ def sweep(refs, step, start, scores, absorb, finish):
         return visit(list(states), chains, [spans[loops * many :]] * len(chains))
 
     def listed(chains):
-        visits = refs["visits"]
+        ref = refs["visits"]
 
         def body(bounds, n, states):
-            start = pl.multiple_of(visits[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
+            start = pl.multiple_of(ref[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
             spans = [(start, step.tile.keys, bounds)]
             return visit(list(states), chains, [spans] * len(chains))
 
-        full, total = visits[0, 0, 0, 0], visits[0, 0, 0, 1]
+        full, total = ref[0, 0, 0, 0], ref[0, 0, 0, 1]
         states = [start() for _ in chains]
         every_bound = tuple(range(refs["intervals"].shape[1]))
         states = lax.fori_loop(0, full, functools.partial(body, ()), states)

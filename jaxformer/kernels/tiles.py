@@ -1,11 +1,8 @@
-"""How large the kernels' tiles are, by device, head size and length, and who is seen."""
+"""How large the kernels' tiles are, by device, head size and length."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
 
 def up(n: int, multiple: int) -> int:
@@ -56,79 +53,6 @@ def tpu_known(T: int, S: int, H: int, *, backward: bool) -> Tpu:
     chunk = T if T <= 256 else 256
     most = 2_500_000 if backward else 5_000_000
     return Tpu(up(T, chunk), chunk, 512, max(128, 2 * H), chains=64, ahead=6, most=most)
-
-
-# The keys each chunk of queries sees: (start, size, bounds). `bounds` are the rows of the
-# intervals that a query must be held against there; none, where all see all.
-Bounds = tuple[int, ...]
-Spans = tuple[tuple[tuple[int, int, Bounds], ...], ...]
-
-
-def spans(intervals: np.ndarray, S: int, chunk: int, most: int, grain: int = 128) -> Spans:
-    """The spans of known intervals, `[2 or 4, T]`, each of at most `most` keys.
-
-    They begin and end at multiples of `grain`, but for the last.
-    """
-    T = intervals.shape[1]
-    rows = [intervals[:, first : first + chunk] for first in range(0, T, chunk)]
-    return tuple(tuple(_spans(np.clip(r, 0, S), S, most, grain)) for r in rows)
-
-
-def _spans(rows: np.ndarray, S: int, most: int, grain: int):
-    """Joins neighbours that are held against the same bounds."""
-    start, cuts = 0, [*range(0, S, grain), S]
-    kinds = [_bounds(rows, a, b) for a, b in itertools.pairwise(cuts)]
-    for n, (kind, stop) in enumerate(zip(kinds, cuts[1:], strict=True)):
-        if stop == S or kinds[n + 1] != kind or stop - start >= most:
-            if kind is not None:
-                yield start, stop - start, kind
-            start = stop
-
-
-def _bounds(rows: np.ndarray, first: int, last: int) -> Bounds | None:
-    """What holds keys `first` to `last` back from some query; None: no query sees one."""
-    keys = np.arange(first, last)
-    starts, stops = rows[0::2, :, None], rows[1::2, :, None]
-    seen = (keys >= starts) & (keys < stops)
-    if not seen.any():
-        return None
-    if seen.any(0).all():
-        return ()
-    bounds = []
-    for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        if seen[n].any():
-            bounds += [2 * n] if (start > first).any() else []
-            bounds += [2 * n + 1] if (stop < last).any() else []
-    return tuple(bounds)
-
-
-def visits(intervals: Array, S: int, bq: int, bk: int) -> Array:
-    """Which tiles of `bk` keys each block of `bq` queries sees.
-
-    Args:
-      intervals: `[b, 2 or 4, T]`, as in `Case`.
-
-    Returns:
-      `[b, blocks, 2 + tiles]` int32: how many tiles the whole block sees, how many it
-      sees at all, and their numbers, those first that the whole block sees.
-    """
-    b, n, T = intervals.shape
-    blocks, tiles = -(-T // bq), -(-S // bk)
-    rows = jnp.pad(intervals, ((0, 0), (0, 0), (0, blocks * bq - T)), mode="edge")
-    rows = jnp.clip(rows, 0, S).reshape(b, n // 2, 2, blocks, bq, 1)
-    start, stop = rows[:, :, 0], rows[:, :, 1]
-    first = jnp.arange(tiles, dtype=jnp.int32)[(None,) * 4] * bk
-    last = first + bk  # A tile that reaches beyond the keys is not seen whole.
-    some = (jnp.maximum(start, first) < jnp.minimum(stop, last)).any((1, 3))
-    whole = ((start <= first) & (stop >= last)).any(1)
-    if n == 4:
-        for a, c in ((0, 1), (1, 0)):  # One interval begins where the other ends.
-            joined = (start[:, a] <= first[:, 0]) & (stop[:, a] >= start[:, c])
-            whole |= joined & (stop[:, c] >= last[:, 0])
-    whole = whole.all(2)
-    order = jnp.argsort(jnp.where(whole, 0, jnp.where(some, 1, 2)), axis=-1, stable=True)
-    counts = [x.sum(-1, keepdims=True) for x in (whole & some, some)]
-    return jnp.concatenate([*counts, order], -1).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,7 @@ import pytest
 
 from jaxformer.kernels import flash_gpu, flash_gpu_backward
 from jaxformer.kernels.case import Case
-from jaxformer.kernels.flash_gpu_tile import Problem, split, width
-from jaxformer.kernels.flash_gpu_visits import Visits, clip, kinds
+from jaxformer.kernels.flash_gpu_tile import split, width
 from jaxformer.kernels.tiles import Gpu
 from tests.kernels.dense import Sizes, differentiated, draw, side, spans, window
 
@@ -125,39 +124,6 @@ def test_rows_without_keys_are_zero_whatever_their_gradient(small):
     back = f(q, k, v, case, out, lse, d_out, d_lse)
     assert not back.q[:, 10:].any() and back.q[:, :10].all()
     assert jnp.isfinite(back.k).all() and jnp.isfinite(back.v).all()
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def traced_lists(intervals, S, bq, bk):
-    p = Problem(1, intervals.shape[2], S, 1, 1, 16, False, False, jnp.dtype("float32"))
-    kind = kinds(clip(intervals, S), p, bq, bk)
-    return clip(intervals, S), kind, Visits.of(kind)
-
-
-def lists(intervals, S, bq, bk):
-    """The clipped intervals, the kinds of tiles and the lists, in numpy."""
-    return jax.tree.map(np.asarray, traced_lists(intervals, S, bq, bk))
-
-
-@pytest.mark.parametrize("T, S", [(50, 70), (48, 64), (5, 7)])
-def test_lists_hold_what_is_seen(T, S):
-    intervals, kind, visits = lists(spans(T, S), S, 16, 8)
-    a, b, c, d = intervals[..., None].swapaxes(0, 1)
-    s = np.arange(kind.shape[-1] * 8)
-    seen = ((a <= s) & (s < b)) | ((c <= s) & (s < d))
-    rows = np.pad(seen, ((0, 0), (0, -T % 16), (0, 0)), mode="edge")
-    seen = rows.reshape(2, -1, 16, kind.shape[-1], 8)
-    assert seen.all((2, 4))[kind == 0].all() and (kind == 0).any() == (T > 5)
-    assert not seen.any((2, 4))[kind == 2].any() and (kind == 2).any() == (T > 5)
-    ordered = np.take_along_axis(kind, visits.order, -1)
-    assert (np.diff(ordered, axis=-1) >= 0).all()
-    np.testing.assert_array_equal(visits.counts[..., 1], (kind < 2).sum(-1))
-
-
-def test_a_wide_mask_visits_few_tiles():
-    _, (kind,), _ = lists(window(1024, 63, 1), 1024, 64, 64)
-    np.testing.assert_array_equal(np.argwhere(kind < 2)[:4], [[0, 0], [1, 0], [1, 1], [2, 1]])
-    assert (kind < 2).sum() == 31
 
 
 @pytest.mark.parametrize("size", [1, 16, 17, 36, 64, 72, 80, 96, 104, 128, 200, 256])

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from evaluate.speed import tpu
-from jaxformer.kernels import flash_tpu, flash_tpu_backward, tiles
+from jaxformer.kernels import flash_tpu, flash_tpu_backward
 from jaxformer.kernels.case import Case, Known
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.norm import RMSNorm
@@ -283,68 +281,6 @@ def test_without_races_and_whatever_memory_held(name, capfd):
         pltpu.reset_tpu_interpret_mode_state()
     assert "RACE" not in "".join(capfd.readouterr())
     same(found, jit(differentiated)(q, k, v, case, *d))
-
-
-@st.composite
-def masks(draw):
-    """Two intervals a row, most of them as in the rows before; and how many keys."""
-    T, S = draw(st.sampled_from([(37, 90), (32, 64), (5, 7)]))
-    ends = st.integers(-5, S + 5)
-    rows, changes = [], draw(st.lists(st.integers(1, T), min_size=1, max_size=6))
-    for repeats in [*changes, T]:
-        rows += [draw(st.tuples(ends, ends, ends, ends))] * repeats
-    one = draw(st.sampled_from([2, 4]))
-    return np.array(rows[:T], np.int32).T[:one], S
-
-
-def seen_by(intervals, s, bounds=None):
-    """Which of the keys `s` each query sees, `[T, s]`, if held against some bounds alone."""
-    seen = np.zeros((intervals.shape[1], len(s)), bool)
-    for n in range(0, len(intervals), 2):
-        inside = np.ones_like(seen)
-        if bounds is None or n in bounds:
-            inside &= s >= intervals[n, :, None]
-        if bounds is None or n + 1 in bounds:
-            inside &= s < intervals[n + 1, :, None]
-        if bounds is None or {n, n + 1} & set(bounds):
-            seen |= inside
-    return seen if bounds != () else np.ones_like(seen)
-
-
-@settings(deadline=None, max_examples=100, derandomize=True)
-@given(masks(), st.sampled_from([(8, 16, 8), (16, 32, 16), (64, 64, 4)]))
-def test_spans_cover_what_is_seen(mask, cut):
-    (intervals, S), (chunk, most, grain) = mask, cut
-    found = tiles.spans(intervals, S, chunk, most, grain)
-    assert len(found) == -(-intervals.shape[1] // chunk)
-    for n, pieces in enumerate(found):
-        rows = intervals[:, n * chunk : (n + 1) * chunk]
-        covered, made = np.zeros(S, int), np.zeros((rows.shape[1], S), bool)
-        for start, size, bounds in pieces:
-            assert start % grain == 0 and 0 < size <= most
-            keys = np.arange(start, start + size)
-            covered[keys] += 1
-            made[:, keys] = seen_by(rows, keys, bounds)
-        assert covered.max(initial=0) <= 1
-        np.testing.assert_array_equal(made, seen_by(rows, np.arange(S)))
-
-
-visits = jax.jit(tiles.visits, static_argnums=(1, 2, 3))
-
-
-@settings(deadline=None, max_examples=100, derandomize=True)
-@given(masks())
-def test_visits_are_what_is_seen(mask):
-    intervals, S = mask
-    blocks = np.asarray(visits(intervals[None], S, 8, 16))[0]
-    for n, (full, some, *order) in enumerate(blocks):
-        rows = intervals[:, n * 8 : (n + 1) * 8]
-        assert sorted(order) == list(range(-(-S // 16))) and full <= some
-        for place, tile in enumerate(order):
-            keys = np.arange(tile * 16, tile * 16 + 16)
-            seen = seen_by(rows, keys) & (keys < S)
-            assert (place < some) == seen.any()
-            assert seen.all() or place >= full
 
 
 # HBM bytes of a layer in X, the bytes of `[B, T, D]`. Forward, each of four products reads

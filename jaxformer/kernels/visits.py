@@ -1,0 +1,109 @@
+"""Which tiles of a masked attention have anything to compute.
+
+Where the intervals are data, lists that a kernel walks: other intervals are no other
+program. Where they are known, spans of keys for which a kernel is written.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Visits(NamedTuple):
+    """For each block of one side, the tiles of the other side.
+
+    `order` `[1 or B, blocks, tiles]` int32: first the tiles of which all is seen, then
+    those of which some is, then the others. `counts` `[1 or B, blocks, 2]` int32: how many
+    are wholly seen, and how many are seen at all.
+    """
+
+    order: Array
+    counts: Array
+
+    @classmethod
+    def of(cls, kind: Array, *, swap: bool = False) -> "Visits":
+        """From what `kinds` says; with `swap` for each tile of keys, the blocks of queries."""
+        kind = kind.swapaxes(1, 2) if swap else kind
+        tiles = kind.shape[-1]
+        # The kind leads and the tile's number follows: one sort, of one array.
+        keys = kind * tiles + jnp.arange(tiles, dtype=jnp.int32)[(None,) * 2]
+        order = jnp.sort(keys, axis=-1) % tiles
+        counts = jnp.stack([(kind < 1).sum(-1), (kind < 2).sum(-1)], -1)
+        return cls(order, counts.astype(jnp.int32))
+
+
+def clip(intervals: Array, S: int) -> Array:
+    """Intervals inside of the keys; no stop lies before its start."""
+    start = jnp.clip(intervals[:, ::2], 0, S)
+    stop = jnp.clip(intervals[:, 1::2], start, S)
+    return jnp.stack([start, stop], 2).reshape(intervals.shape).astype(jnp.int32)
+
+
+def kinds(intervals: Array, S: int, bq: int, bk: int) -> Array:
+    """`[1 or B, T / bq, S / bk]`: what `bq` queries together see of `bk` keys.
+
+    0 all, 1 some, 2 nothing, of intervals that are clipped; a tile that reaches over the
+    last key is never seen whole.
+    """
+    b, n, T = intervals.shape
+    blocks = -(-T // bq)
+    rows = jnp.pad(intervals, ((0, 0), (0, 0), (0, blocks * bq - T)), mode="edge")
+    rows = rows.reshape(b, n // 2, 2, blocks, bq, 1)
+    start, stop = rows[:, :, 0], rows[:, :, 1]
+    first = jnp.arange(0, S, bk, dtype=jnp.int32)[(None,) * 4]
+    last = first + bk
+    some = jnp.maximum(start, first) < jnp.minimum(stop, last)
+    whole = ((start <= first) & (stop >= last)).any(1)
+    if n == 4:
+        for a, c in ((0, 1), (1, 0)):  # One interval begins where the other ends.
+            joined = (start[:, a] <= first[:, 0]) & (stop[:, a] >= start[:, c])
+            whole |= joined & (stop[:, c] >= last[:, 0])
+    kind = jnp.where(whole.all(2), 0, jnp.where(some.any((1, 3)), 1, 2))
+    return kind.astype(jnp.int32)
+
+
+# The keys each chunk of queries sees: (start, size, bounds). `bounds` are the rows of the
+# intervals that a query must be held against there; none, where all see all.
+Bounds = tuple[int, ...]
+Spans = tuple[tuple[tuple[int, int, Bounds], ...], ...]
+
+
+def spans(intervals: np.ndarray, S: int, chunk: int, most: int, grain: int = 128) -> Spans:
+    """The spans of known intervals, `[2 or 4, T]`, each of at most `most` keys.
+
+    They begin and end at multiples of `grain`, but for the last.
+    """
+    T = intervals.shape[1]
+    rows = [intervals[:, first : first + chunk] for first in range(0, T, chunk)]
+    return tuple(tuple(_spans(np.clip(r, 0, S), S, most, grain)) for r in rows)
+
+
+def _spans(rows: np.ndarray, S: int, most: int, grain: int):
+    """Joins neighbours that are held against the same bounds."""
+    start, cuts = 0, [*range(0, S, grain), S]
+    kinds = [_bounds(rows, a, b) for a, b in itertools.pairwise(cuts)]
+    for n, (kind, stop) in enumerate(zip(kinds, cuts[1:], strict=True)):
+        if stop == S or kinds[n + 1] != kind or stop - start >= most:
+            if kind is not None:
+                yield start, stop - start, kind
+            start = stop
+
+
+def _bounds(rows: np.ndarray, first: int, last: int) -> Bounds | None:
+    """What holds keys `first` to `last` back from some query; None: no query sees one."""
+    keys = np.arange(first, last)
+    starts, stops = rows[0::2, :, None], rows[1::2, :, None]
+    seen = (keys >= starts) & (keys < stops)
+    if not seen.any():
+        return None
+    if seen.any(0).all():
+        return ()
+    bounds = []
+    for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if seen[n].any():
+            bounds += [2 * n] if (start > first).any() else []
+            bounds += [2 * n + 1] if (stop < last).any() else []
+    return tuple(bounds)

@@ -60,7 +60,7 @@ def test_soft_gradients_keep_their_size_at_any_temperature(key):
     s, t = jax.random.normal(key, (2, 7))
     grad = jax.grad(lambda s: distill.soft(s, t, 1e3))(s)
     np.testing.assert_allclose(grad, ((s - s.mean()) - (t - t.mean())) / 7, atol=1e-3)
-    with pytest.raises(ValueError, match="temperature=0.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0\.0 must be above 0"):
         distill.soft(s, t, 0.0)
 
 

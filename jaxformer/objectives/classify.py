@@ -1,11 +1,12 @@
-"""Classification: softmax cross-entropy, and what evaluation counts."""
+"""Classification: softmax or sigmoid cross-entropy, and what evaluation counts."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from jaxformer import metrics
@@ -14,14 +15,20 @@ from jaxformer.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
-    """Softmax classification of `batch["image"]` into `batch["label"]`.
+    """Classification of `batch["image"]` into `batch["label"]`.
 
     `smoothing` spreads so much of each target over all classes (Szegedy et al. 2016). A
-    batch with soft targets, `batch["target"]` `[B, V]`, is taken by those instead.
+    batch with soft targets, `batch["target"]` `[B, V]` (those of `Mixup`, say), is taken by
+    those instead.
+
+    With `link="sigmoid"` each class is a yes or no of its own, and the loss is the sum of
+    their cross-entropies (Beyer et al. 2020, arXiv:2006.07159; big_vision's
+    `sigmoid_xent`): start the head's bias low, at -log(V) or so.
     """
 
     smoothing: float = 0.0
     inputs: tuple[str, ...] = ("image",)
+    link: Literal["softmax", "sigmoid"] = "softmax"
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where the data has more classes than the model."""
@@ -52,13 +59,30 @@ class Classify:
         targets = (1 - self.smoothing) * targets + self.smoothing / V
         weight = batch.get("weight", jnp.ones(logits.shape[0]))
         total = jnp.maximum(weight.sum(), 1)
-        loss = (metrics.cross_entropy(logits, targets) * weight).sum() / total
+        loss = (self._each(logits, targets) * weight).sum() / total
         right = (logits.argmax(-1) == targets.argmax(-1)) * weight
         return loss, {"accuracy": right.sum() / total}
 
     def measure(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> metrics.Metrics:
-        """Sums and counts of one batch, see `metrics.classification`; draws nothing."""
+        """Sums and counts of one batch, see `metrics.classification`; draws nothing.
+
+        The loss is that of the link, on labels that are not smoothed; calibration is that
+        of the softmax whatever the link.
+        """
         logits = apply({"params": params}, *(batch[name] for name in self.inputs))
-        return metrics.classification(logits, batch["label"], batch.get("weight"))
+        labels, weight = batch["label"], batch.get("weight")
+        found = metrics.classification(logits, labels, weight)
+        if self.link == "sigmoid":
+            each = self._each(logits, jax.nn.one_hot(labels, logits.shape[-1]))
+            each = each if weight is None else jnp.where(weight > 0, each, 0)
+            found["loss"] = metrics.Mean(each.sum(), found["top1"].count)
+        return found
+
+    def _each(self, logits, targets):
+        """Nats of each row."""
+        if self.link == "softmax":
+            return metrics.cross_entropy(logits, targets)
+        binary = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets)
+        return binary.sum(-1)

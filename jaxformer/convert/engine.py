@@ -241,6 +241,7 @@ def _assemble(shape, dtype, place: NamedSharding, pieces) -> jax.Array:
             if device not in shards:
                 shards[device] = jnp.zeros(full, dtype, device=device)
             shards[device] = _write(shards[device], jax.device_put(part, device), local)
+        jax.block_until_ready(shards)  # Or pieces that wait would fill the memory.
     arrays = [shards[device] for device in held]
     return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
@@ -256,10 +257,10 @@ _RUNNING = {"parent", "name", "dtype", "remat", "unroll", "dropout", "drop_path"
 
 def is_told_by(config: Mapping[str, Any], family: Family, model: nn.Module) -> bool:
     """Whether a config makes this model again, so that nothing of it would be lost."""
-    shapes = flat(nn.unbox(boxed_params(family, model)))
     try:
+        shapes = flat(nn.unbox(boxed_params(family, model)))
         again = family.model(dict(config), set(uses(family, model, shapes)), jnp.float32)
-    except InputError:
+    except (InputError, ValueError):  # Its table is not of this model's parameters.
         return False
     return _same(again, model)
 

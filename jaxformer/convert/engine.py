@@ -241,7 +241,7 @@ def _assemble(shape, dtype, place: NamedSharding, pieces) -> jax.Array:
             if device not in shards:
                 shards[device] = jnp.zeros(full, dtype, device=device)
             shards[device] = _write(shards[device], jax.device_put(part, device), local)
-        jax.block_until_ready(shards)  # Or pieces that wait would fill the memory.
+        jax.block_until_ready([*shards.values()])  # Or pieces that wait would fill the memory.
     arrays = [shards[device] for device in held]
     return jax.make_array_from_single_device_arrays(shape, place, arrays)
 
@@ -266,6 +266,8 @@ def is_told_by(config: Mapping[str, Any], family: Family, model: nn.Module) -> b
 
 
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(map(_same, a, b))
     if type(a) is not type(b) or not dataclasses.is_dataclass(a) or isinstance(a, type):
         return a == b
     names = {f.name for f in dataclasses.fields(a)} - _RUNNING

@@ -10,18 +10,18 @@ online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
+from jaxformer.kernels.flash_tpu_tile import load_keys, load_queries, load_values, logits, sweep
 from jaxformer.kernels.lanes import Lanes, sides
 
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
@@ -227,100 +227,6 @@ def _side_spec(x, rows, moves):
     return pl.BlockSpec((1, rows, x.shape[2]), lambda b, g, i: (b * b2, i if moves else 0, 0))
 
 
-def read_side(refs) -> dict[str, Array]:
-    """The weights and angles of one side, out of their blocks."""
-    return {name: ref[0] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
-
-
-def prepared(lanes, ref, refs, side):
-    """Windows of queries or keys one by one, normalised and rotated in float32."""
-    read = read_side(refs)
-    for w in lanes.split(ref.at[0]):
-        if side.plain:
-            yield w
-        else:
-            yield lanes.prepare(w.astype(jnp.float32), read, side).astype(w.dtype)
-
-
-def lay_keys(windows, scr, step):
-    """Lays windows of keys or values into scratch; where there is no key, they are 0."""
-    for u, w in enumerate(windows):
-        if step.rows > step.S:
-            scr[u, step.S // 16 * 16 :] = jnp.zeros_like(scr[u, step.S // 16 * 16 :])
-        scr[u, : step.S] = w
-
-
-def lay_queries(windows, scr, lanes):
-    """Lays windows of queries into scratch: one a head, the others' lanes 0."""
-    for u, w in enumerate(windows):
-        for h in range(u * lanes.heads, (u + 1) * lanes.heads):
-            scr[h] = lanes.only(w, h)
-
-
-def load_keys(refs, scr, case, step):
-    """Prepares the keys of a step, once for all blocks of queries."""
-    lay_keys(prepared(step.lanes, refs["k"], refs["sides"]["k"], case.k), scr, step)
-
-
-def load_queries(refs, scr, case, step):
-    """Prepares a block of queries."""
-    lay_queries(prepared(step.lanes, refs["q"], refs["sides"]["q"], case.q), scr, step.lanes)
-
-
-def load_values(v, vt_scr, step):
-    """Transposes the values of a step, with rows of ones below; without a key, they are 0."""
-    H, S = step.lanes.H, step.S
-    vt = v.T
-    for j in range(step.lanes.K):
-        if step.rows > S:
-            vt_scr[j, :H, S // 128 * 128 :] = jnp.zeros_like(vt_scr[j, :H, S // 128 * 128 :])
-        vt_scr[j, :H, :S] = vt[j * H : (j + 1) * H]
-        vt_scr[j, H:] = jnp.ones_like(vt_scr[j, H:])
-
-
-def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
-    """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
-
-    `place`: the group of heads and the block of queries. `head` counts in the step,
-    `chunk` and `start` are the first query and key; see `visits.Spans` for `bounds`.
-    """
-    # In float32: it would round q another time, and logits by 2^-9.
-    factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
-    s, slope = step.multiply(k, q, contract=1) * factor, None
-    if case.softcap:
-        t = jnp.tanh(s)
-        s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
-    if case.bias is not None:
-        n = head if refs["bias"].shape[1] > 1 else 0
-        bias = refs["bias"][0, n, pl.ds(chunk, q.shape[0]), pl.ds(start, k.shape[0])]
-        bias = bias.astype(jnp.float32).T * LOG2E
-        if step.T % step.tile.queries:  # Beyond the queries lies anything, and NaN stays.
-            first = place[1] * step.tile.queries + chunk
-            query = first + lax.broadcasted_iota(jnp.int32, (1, q.shape[0]), 1)
-            bias = jnp.where(query < step.T, bias, 0.0)
-        s += bias
-    index = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    if case.slopes is not None:
-        group, block = place
-        steep = refs["slopes"][group * step.lanes.N + head] * LOG2E
-        first = block * step.tile.queries + chunk + case.offset
-        query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        s -= steep * jnp.abs(query - index).astype(jnp.float32)
-    if not bounds:
-        return s, None, slope
-    rows, seen = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])], []
-    for n in range(0, rows.shape[0], 2):
-        inside = []
-        if n in bounds:
-            inside.append(index >= rows[n : n + 1])
-        if n + 1 in bounds:
-            inside.append(index < rows[n + 1 : n + 2])
-        if inside:
-            seen.append(functools.reduce(jnp.logical_and, inside))
-    seen = functools.reduce(jnp.logical_or, seen)
-    return s, seen & (index < step.S) if step.rows > step.S else seen, slope
-
-
 def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case, step):
     lanes = step.lanes
     place = pl.program_id(1), pl.program_id(2)  # Not to be asked for inside of a loop.
@@ -373,78 +279,3 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
     o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
     for h in range(lanes.N):
         lse_ref[0, 0, h : h + 1] = lse_scr[h]
-
-
-def sweep(refs, step, start, scores, absorb, finish):
-    """Every head and chunk of queries over the tiles it sees.
-
-    Some (head, chunk) chains go side by side, since a chain alone waits for itself:
-    `scores` of the next ones are asked for before those at hand are absorbed.
-    """
-    ahead = step.tile.ahead
-    chunks = range(0, step.tile.queries, step.tile.chunk)
-    side = max(1, step.tile.chains // len(chunks))
-    side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
-
-    def visit(states, chains, spans):
-        """Takes each chain over its own `spans`; a state is None until it has met a tile."""
-        rounds = itertools.zip_longest(*spans)
-        items = [(n, at) for some in rounds for n, at in enumerate(some) if at is not None]
-        ready = []
-        for at in range(len(items) + ahead):
-            if at < len(items):
-                n, (start, size, bounds) = items[at]
-                ready.append(scores(chains[n], (start, size), bounds))
-            if at >= ahead:
-                n, (start, size, _) = items[at - ahead]
-                states[n] = absorb(states[n], chains[n], (start, size), *ready.pop(0))
-        return states
-
-    def heads(first):
-        chains = [(first + h, c) for h in range(side) for c in chunks]
-        see = listed if step.listed else every if step.spans is None else known
-        for state, chain in zip(see(chains), chains, strict=True):
-            finish(start() if state is None else state, chain)
-
-    def known(chains):
-        spans = [step.spans[c // step.tile.chunk] for _, c in chains]
-        return visit([None] * len(chains), chains, spans)
-
-    def every(chains):
-        keys = step.tile.keys
-        spans = [(s, min(keys, step.S - s), ()) for s in range(0, step.S, keys)]
-        many = max(1, step.tile.unrolled // len(chains))
-        loops = step.S // keys // many if len(spans) > many else 0
-
-        def body(n, states):
-            base = pl.multiple_of(n * (many * keys), keys)
-            spans = [(base + m * keys, keys, ()) for m in range(many)]
-            return visit(list(states), chains, [spans] * len(chains))
-
-        states = [None] * len(chains)
-        if loops:
-            states = [start() for _ in chains]
-            states = lax.fori_loop(0, loops, body, states)
-        return visit(list(states), chains, [spans[loops * many :]] * len(chains))
-
-    def listed(chains):
-        ref = refs["visits"]
-
-        def body(bounds, n, states):
-            start = pl.multiple_of(ref[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
-            spans = [(start, step.tile.keys, bounds)]
-            return visit(list(states), chains, [spans] * len(chains))
-
-        full, total = ref[0, 0, 0, 0], ref[0, 0, 0, 1]
-        states = [start() for _ in chains]
-        every_bound = tuple(range(refs["intervals"].shape[1]))
-        states = lax.fori_loop(0, full, functools.partial(body, ()), states)
-        return lax.fori_loop(full, total, functools.partial(body, every_bound), states)
-
-    groups = step.lanes.N // side
-    tiles_each = len(chunks) * side * pl.cdiv(step.S, step.tile.keys)
-    if groups == 1 or groups * tiles_each <= step.tile.unrolled:
-        for n in range(groups):
-            heads(n * side)
-    else:
-        lax.fori_loop(0, groups, lambda n, _: heads(n * side) or _, 0)

@@ -19,6 +19,15 @@ from jaxformer.kernels import parts
 from jaxformer.kernels.arithmetic import LOG2E
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOW
+from jaxformer.kernels.flash_tpu_tile import (
+    lay_keys,
+    lay_queries,
+    load_keys,
+    load_queries,
+    logits,
+    read_side,
+    sweep,
+)
 
 
 def backward(
@@ -127,7 +136,7 @@ def _kernel(refs, out, scr, *, case, step):
         do() if step.blocks == 1 else pl.when(place[1] == block)(do)
 
     at(0, lambda: _load(refs, out, scr, case, step))
-    forward.load_queries(refs, scr["q"], case, step)
+    load_queries(refs, scr["q"], case, step)
     _load_gradient(refs, scr, place[1], step)
     if "bias" in out and step.masked:
         out["bias"][...] = jnp.zeros_like(out["bias"])  # Not every tile is visited.
@@ -137,7 +146,7 @@ def _kernel(refs, out, scr, *, case, step):
         window, keys = lanes.window(head), pl.ds(start, size)
         q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
         k, v = scr["k"][window, keys], scr["v"][window, keys]
-        found = forward.logits(refs, q, k, place, head, chunk, start, case, step, bounds)
+        found = logits(refs, q, k, place, head, chunk, start, case, step, bounds)
         return *found, step.multiply(v, g, contract=1)
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):
@@ -167,7 +176,7 @@ def _kernel(refs, out, scr, *, case, step):
         rows = pl.ds(head * lanes.H, lanes.H)
         scr["dqt"][rows, pl.ds(chunk, step.tile.chunk)] = dqt * case.scale
 
-    forward.sweep(refs, step, start, scores, absorb, finish)
+    sweep(refs, step, start, scores, absorb, finish)
     dq = scr["dqt"][...].T
     if case.q.plain:
         out["q"][0] = dq.astype(out["q"].dtype)
@@ -179,8 +188,8 @@ def _kernel(refs, out, scr, *, case, step):
 def _load(refs, out, scr, case, step):
     """Lays out keys and values, and clears what grows."""
     lanes, H = step.lanes, step.lanes.H
-    forward.load_keys(refs, scr["k"], case, step)
-    forward.lay_keys(lanes.split(refs["v"].at[0]), scr["v"], step)
+    load_keys(refs, scr["k"], case, step)
+    lay_keys(lanes.split(refs["v"].at[0]), scr["v"], step)
     for u in range(lanes.K // lanes.heads):
         kt = scr["k"][u].T
         for slot in range(lanes.heads):
@@ -203,7 +212,7 @@ def _load_gradient(refs, scr, block, step):
         g = jnp.where(row, g, jnp.zeros_like(g))
         for h in range(lanes.N):
             scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
-    forward.lay_queries(lanes.split(g), scr["d_out"], lanes)
+    lay_queries(lanes.split(g), scr["d_out"], lanes)
     lse = refs["lse"][0, 0] * LOG2E
     some = lse > -jnp.inf  # Rows with keys.
     lse = jnp.where(some, lse, 0.0)
@@ -234,7 +243,7 @@ def _store(refs, out, scr, case, step):
 def _unprepare(refs, out, name, windows, side, step, block):
     """Takes gradients back through rotation and norm, and sums those of its weights."""
     lanes, row = step.lanes, None
-    read = forward.read_side(refs["sides"][name])
+    read = read_side(refs["sides"][name])
     if block is not None and step.T % step.tile.queries:
         rest = step.T - block * step.tile.queries  # The other rows hold anything.
         row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest

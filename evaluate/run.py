@@ -1,17 +1,20 @@
 """Evaluation that is exact on any mesh: sums over every example, padding weighs 0."""
 
+import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformer import checkpoint, metrics
+from jaxformer import checkpoint, metrics, sharding
 from jaxformer.data.loader import Pipeline, eval_batches, to_mesh
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, describe, differences
-from jaxformer.setup import setup
+from jaxformer.setup import Setup, setup
 
 
 def evaluate(
@@ -45,6 +48,80 @@ def batches(pipeline: Pipeline, batch_size: int, ways: int) -> Iterable[dict]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with its parameters on a mesh, as a task is given it.
+
+    `apply` is the module's. The functions that `collect` and `measure` take are pure and
+    are called `(apply, params, batch)`, compiled, with batches split over the mesh.
+    """
+
+    apply: Callable[..., Any]
+    params: Any
+    mesh: Mesh
+    rules: sharding.Rules
+    batch_size: int = 256
+
+    def collect(self, function: Callable[..., Any], pipeline: Pipeline) -> Any:
+        """What `function` makes of every record, in order: arrays `[N, ...]` on the host.
+
+        `function` gives a tree of arrays with the batch first; padding is left out.
+        """
+
+        def rows(params, batch):
+            return function(self.apply, params, batch), batch["weight"]
+
+        rows = jax.jit(rows, out_shardings=self._whole)
+        parts = []
+        for batch in batches(pipeline, self.batch_size, self._ways):
+            with sharding.use(self.mesh, self.rules):
+                made, weight = rows(self.params, to_mesh(batch, self._split))
+            real = np.asarray(weight) > 0
+            parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], made))
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+    def measure(
+        self, function: Callable[..., metrics.Metrics], pipeline: Pipeline, *whole: Any
+    ) -> metrics.Metrics:
+        """Adds up `function(apply, params, batch, *whole)` over all batches.
+
+        `whole` are trees of arrays that every device holds.
+        """
+
+        def measure(params, batch, whole):
+            return function(self.apply, params, batch, *whole)
+
+        measure = jax.jit(measure, out_shardings=self._whole)
+        whole = jax.device_put(jax.device_get(whole), self._whole)
+
+        def add(params, batch, key):
+            with sharding.use(self.mesh, self.rules):
+                return measure(params, batch, whole)
+
+        data = batches(pipeline, self.batch_size, self._ways)
+        return evaluate(add, self.params, data, self._split)
+
+    @property
+    def _split(self) -> NamedSharding:
+        return sharding.batch_sharding(self.mesh, self.rules)
+
+    @property
+    def _whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def _ways(self) -> int:
+        return sharding.ways(self.mesh, self._split.spec[0])
+
+
+def run_tasks(experiment: Experiment, made: Setup, params: Any) -> dict[str, metrics.Metrics]:
+    """What every task of an experiment finds about these parameters."""
+    trained = Trained(
+        experiment.model.apply, params, made.mesh, made.rules, experiment.eval_batch_size
+    )
+    return {name: task.run(trained) for name, task in experiment.tasks.items()}
+
+
 def evaluate_checkpoint(
     experiment: Experiment,
     directory: str | pathlib.Path,
@@ -52,7 +129,7 @@ def evaluate_checkpoint(
     *,
     devices=None,
 ) -> tuple[int, dict[str, metrics.Metrics]]:
-    """Every evaluation of an experiment on a checkpoint of its run.
+    """Every evaluation and task of an experiment on a checkpoint of its run.
 
     Reads the averaged parameters where the run kept them, and nothing of the optimizer.
 
@@ -65,8 +142,8 @@ def evaluate_checkpoint(
     Raises:
       InputError: no such checkpoint, a damaged one, or one of another model.
     """
-    if not experiment.evals:
-        raise InputError("the experiment has no evals; name some in its config")
+    if not experiment.evals and not experiment.tasks:
+        raise InputError("the experiment has no evals and no tasks; name some in its config")
     folder = checkpoint.find(directory)
     saved = checkpoint.steps(folder)
     step = saved[-1] if step is None else step
@@ -80,9 +157,7 @@ def evaluate_checkpoint(
             f"{folder}: step {step} is of another model; give the config and overrides it was "
             "trained with (- in the checkpoint, + now):\n" + "\n".join(lines)
         )
-    first = next(iter(batches(next(iter(experiment.evals.values())), 1, 1)))
-    inputs = [jax.typeof(first[name]) for name in experiment.objective.inputs]
-    made = setup(experiment, inputs, devices)
+    made = setup(experiment, _inputs(experiment), devices)
     part = "params" if experiment.ema is None else "ema"
     target = {"state": {part: getattr(made.state, part)}}
     params = checkpoint.restore(folder, step, target, part=True)["state"][part]
@@ -90,7 +165,27 @@ def evaluate_checkpoint(
     for name, pipeline in experiment.evals.items():
         data = batches(pipeline, experiment.eval_batch_size, made.batch_ways)
         found[name] = evaluate(made.measure, params, data, made.batch)
-    return step, found
+    return step, found | run_tasks(experiment, made, params)
+
+
+def _inputs(experiment: Experiment) -> list[Any]:
+    """What the model is called with: the first batch that has it all tells."""
+    names = experiment.objective.inputs
+    for pipeline in _pipelines(experiment):
+        first = next(iter(batches(pipeline, 1, 1)))
+        if all(name in first for name in names):
+            return [jax.typeof(first[name]) for name in names]
+    raise InputError(
+        f"no eval and no task has records with {', '.join(names)}, which the model is called "
+        "with; name one that has"
+    )
+
+
+def _pipelines(experiment: Experiment) -> Iterator[Pipeline]:
+    """All that an evaluation reads."""
+    yield from experiment.evals.values()
+    for task in experiment.tasks.values():
+        yield from (value for value in vars(task).values() if isinstance(value, Pipeline))
 
 
 def check(experiment: Experiment) -> None:
@@ -99,6 +194,9 @@ def check(experiment: Experiment) -> None:
     check(experiment.model, experiment.data)
     for pipeline in experiment.evals.values():
         check(experiment.model, pipeline)
+    for task in experiment.tasks.values():
+        getattr(task, "check", lambda: None)()
+    for pipeline in _pipelines(experiment):
         next(iter(batches(pipeline, 1, 1)))
 
 

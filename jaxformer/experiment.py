@@ -56,6 +56,18 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Task(Protocol):
+    """What a trained model is judged by beside its evals: a frozen dataclass.
+
+    Such as `evaluate.knn.KNN`. It may have `check()`, which raises InputError.
+    """
+
+    def run(self, trained: Any) -> dict:
+        """Metrics that add up, of a model as `evaluate.run.Trained`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, whole: the same experiment and seed give the same parameters."""
@@ -67,6 +79,7 @@ class Experiment:
     steps: int
     batch_size: int
     evals: dict[str, Pipeline] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, Task] = dataclasses.field(default_factory=dict)  # after the last step.
     eval_every: int = 100
     eval_batch_size: int = 256
     keep: Keep = dataclasses.field(default_factory=Keep)
@@ -93,6 +106,9 @@ class Experiment:
         _at_least(0, seed=self.seed)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema={self.ema} must lie in [0, 1); 0.999 is usual")
+        for name in self.tasks:
+            if name in self.evals:
+                raise InputError(f"tasks.{name} has the name of an eval; choose another")
 
 
 def _at_least(least: int, **values: int) -> None:
@@ -112,6 +128,7 @@ FREE = (
     "eval_batch_size",
     "keep",
     "evals",
+    "tasks",
     "nonfinite",
     "data.workers",
     "model.remat",
@@ -270,6 +287,8 @@ def _fits(value, hint) -> bool:
         return True
     if origin is Literal:
         return value in args
+    if origin is dict:
+        return value == {}  # leaves all of it out; entries are set by their names.
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:

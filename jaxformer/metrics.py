@@ -80,7 +80,7 @@ def top(
     scores: Float[Array, "B V"],
     labels: Int[Array, " B"],
     weight: Float[Array, " B"] | None = None,
-) -> dict[str, Mean]:
+) -> Metrics:
     """How often the true class has the greatest score (`top1`), or one of the first five.
 
     Ties and NaN count against us, so that no output is right by luck.

@@ -220,9 +220,9 @@ def ranks(
 
 def recall(
     rank: Int[Array, " B"], weight: Float[Array, " B"] | None = None
-) -> dict[str, metrics.Mean]:
-    """`recall@1`, `@5` and `@10`: how many queries found a right key among so many."""
-    return {f"recall@{k}": metrics.within(rank, k, weight) for k in AT}
+) -> metrics.Metrics:
+    """`@1`, `@5` and `@10`: how many queries found a right key among so many."""
+    return {f"@{k}": metrics.within(rank, k, weight) for k in AT}
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

@@ -121,7 +121,7 @@ def test_ranks_are_those_of_numpy(chunk):
     weight = jnp.asarray(np.arange(33) < 20, jnp.float32)
     counted = probe.recall(found, weight)
     for k in probe.AT:
-        mean = counted[f"recall@{k}"]
+        mean = counted[f"@{k}"]
         assert (int(mean.sum), int(mean.count)) == ((expected[:20] < k).sum(), 20)
         assert mean.sum.dtype == mean.count.dtype == jnp.int32
 

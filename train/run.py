@@ -154,7 +154,16 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
                 run.log.evaluation(done, scores)
             run.log.resume_clock()
     run.manager.wait_until_finished()
+    if start < experiment.steps and experiment.tasks:
+        run.log.evaluation(experiment.steps, _tasks(run, state))
     return state
+
+
+def _tasks(run: _Run, state: TrainState) -> dict[str, float]:
+    params = state.params if state.ema is None else state.ema
+    found = evaluation.run_tasks(run.experiment, run.made, params)
+    scores = {name: evaluation.scalars(metrics) for name, metrics in found.items()}
+    return {f"{task}/{name}": v for task, part in scores.items() for name, v in part.items()}
 
 
 def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -22,7 +22,7 @@ from jaxformer.layers.block import Block, Mlp, Stack
 from jaxformer.layers.embed import GridPosition, PatchEmbed
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.pool import First, TanhLayer
-from jaxformer.models.vit import Encoder, TwoHeads
+from jaxformer.models.vit import SIZES, Encoder, Size, TwoHeads
 
 NAMES = {
     "query": "attention.query",
@@ -30,8 +30,8 @@ NAMES = {
     "value": "attention.value",
     "out": "output.dense",
 }
-# What transformers 5 calls these in memory, and a prefix that a model alone has not.
-_MEMORY = (
+# What transformers 5 calls these in memory.
+MEMORY = (
     (r"(^|\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
@@ -42,11 +42,81 @@ _MEMORY = (
 )
 
 
-def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> Encoder:
-    D = number(config, "hidden_size", 768)
-    N = number(config, "num_attention_heads", 12)
+def blocks(
+    config: dict[str, Any],
+    dtype: Any,
+    size: Size = SIZES["B"],
+    *,
+    before: str = "",
+    activation: str = "gelu",
+    **attention,
+) -> Stack:
+    """The blocks that a config tells of, and those of many models beside ViT.
+
+    Args:
+      config: theirs.
+      dtype: what is computed in.
+      size: what the config's class takes where the config says nothing.
+      before: what stands before the names of sizes, such as "decoder_".
+      activation: what the config's class takes.
+      **attention: of `Attention`, in the place of what the config says of biases.
+    """
+    width, heads = f"{before}hidden_size", f"{before}num_attention_heads"
+    D, N = number(config, width, size.width), number(config, heads, size.num_heads)
     if D % N:
-        raise InputError(f"config.json: num_attention_heads={N} must divide hidden_size={D}")
+        raise InputError(f"config.json: {heads}={N} must divide {width}={D}")
+    biases = {"use_bias": bool(config.get("qkv_bias", True)), "out_bias": True}
+    return Stack(
+        Block(
+            Attention(N, D // N, **(attention or biases), dtype=dtype),
+            Mlp(
+                number(config, f"{before}intermediate_size", size.mlp_dim),
+                activation_of(config, "hidden_act", activation),
+                use_bias=True,
+                dtype=dtype,
+            ),
+            epsilon=number(config, "layer_norm_eps", 1e-12),
+        ),
+        number(config, f"{before}num_hidden_layers", size.depth),
+    )
+
+
+def told(stack: Stack, before: str = "") -> dict[str, Any]:
+    """What a config says of the sizes of `blocks`, but for their width."""
+    return {
+        f"{before}num_hidden_layers": stack.depth,
+        f"{before}num_attention_heads": stack.block.attention.num_heads,
+        f"{before}intermediate_size": stack.block.mlp.width,
+    }
+
+
+def layers(ours: str, theirs: str, stack: Stack) -> list[Entry]:
+    """The table of `blocks`: `ours` is the path of the stack, `theirs` ends in `.{}`."""
+    attention, block = stack.block.attention, f"{ours}/block"
+    biases = {"query": attention.use_bias, "key": attention.key_bias}
+    biases |= {"value": attention.use_bias, "out": attention.out_bias}
+    return [
+        *parts.attention(
+            f"{block}/attention",
+            f"{theirs}.attention",
+            NAMES,
+            attention.num_heads,
+            without=tuple(
+                name
+                for name, own in biases.items()
+                if not (attention.use_bias if own is None else own)
+            ),
+        ),
+        *parts.norm(f"{block}/attention_norm", f"{theirs}.layernorm_before"),
+        *parts.norm(f"{block}/mlp_norm", f"{theirs}.layernorm_after"),
+        *parts.linear(f"{block}/mlp/up", f"{theirs}.intermediate.dense"),
+        *parts.linear(f"{block}/mlp/down", f"{theirs}.output.dense"),
+    ]
+
+
+def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> Encoder:
+    stack = blocks(config, dtype)
+    D = number(config, "hidden_size", 768)
     size, patch = pair(config, "image_size", 224), number(config, "patch_size", 16)
     if size[0] % patch or size[1] % patch:
         raise InputError(f"config.json: patch_size={patch} must divide image_size={size}")
@@ -54,7 +124,6 @@ def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> En
     if pooled and config.get("pooler_act", "tanh") != "tanh":
         raise InputError("config.json: pooler_act must be 'tanh'; no other is known")
     prefix = 2 if kind == "deit" else 1
-    epsilon = number(config, "layer_norm_eps", 1e-12)
     teacher = "cls_classifier.weight" in names
     return (TwoHeads if teacher else Encoder)(
         PatchEmbed(
@@ -65,26 +134,8 @@ def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> En
             channels=number(config, "num_channels", 3),
             dtype=dtype,
         ),
-        Stack(
-            Block(
-                Attention(
-                    N,
-                    D // N,
-                    use_bias=bool(config.get("qkv_bias", True)),
-                    out_bias=True,
-                    dtype=dtype,
-                ),
-                Mlp(
-                    number(config, "intermediate_size", 3072),
-                    activation_of(config, "hidden_act", "gelu"),
-                    use_bias=True,
-                    dtype=dtype,
-                ),
-                epsilon=epsilon,
-            ),
-            number(config, "num_hidden_layers", 12),
-        ),
-        LayerNorm(epsilon),
+        stack,
+        LayerNorm(stack.block.epsilon),
         First(),
         TanhLayer(number(config, "pooler_output_size", D), dtype=dtype) if pooled else None,
         classes(config) if teacher or "classifier.weight" in names else 0,
@@ -109,9 +160,7 @@ def _config(kind: str, model: Any) -> dict[str, Any] | None:
         "architectures": [name + task],
         "model_type": kind,
         "hidden_size": embed.width,
-        "num_hidden_layers": stack.depth,
-        "num_attention_heads": block.attention.num_heads,
-        "intermediate_size": block.mlp.width,
+        **told(stack),
         "hidden_act": name_of(block.mlp.activation),
         "layer_norm_eps": block.epsilon,
         "image_size": [n * embed.patch for n in position.shape],
@@ -127,8 +176,7 @@ def _config(kind: str, model: Any) -> dict[str, Any] | None:
 
 
 def _entries(kind: str, model: Any) -> list[Entry]:
-    embed, layer = model.embed, f"{kind}.encoder.layer.{{}}"
-    block = model.stack.block
+    embed = model.embed
     found = [
         Entry(
             "embed/position/embedding",
@@ -138,17 +186,7 @@ def _entries(kind: str, model: Any) -> list[Entry]:
         *parts.patches(
             "embed/patch", f"{kind}.embeddings.patch_embeddings.projection", embed.patch
         ),
-        *parts.attention(
-            "stack/block/attention",
-            f"{layer}.attention",
-            NAMES,
-            block.attention.num_heads,
-            without=() if block.attention.use_bias else ("query", "key", "value"),
-        ),
-        *parts.norm("stack/block/attention_norm", f"{layer}.layernorm_before"),
-        *parts.norm("stack/block/mlp_norm", f"{layer}.layernorm_after"),
-        *parts.linear("stack/block/mlp/up", f"{layer}.intermediate.dense"),
-        *parts.linear("stack/block/mlp/down", f"{layer}.output.dense"),
+        *layers("stack", f"{kind}.encoder.layer.{{}}", model.stack),
         *parts.norm("norm", f"{kind}.layernorm"),
     ]
     for i, name in enumerate(("cls_token", "distillation_token")[: embed.prefix]):
@@ -184,7 +222,7 @@ def _family(kind: str) -> Family:
         config=functools.partial(_config, kind),
         entries=functools.partial(_entries, kind),
         inputs=_inputs,
-        rename=(*_MEMORY, (alone, f"{kind}.")),
+        rename=(*MEMORY, (alone, f"{kind}.")),
         ignore=(r"embeddings\.mask_token$",),
         spell=functools.partial(_spell, kind),
     )

@@ -17,7 +17,7 @@ class Attention(nn.Module):
 
     Parameters are float32 and named after what they make: query, key, value, out.
     Projections run in `dtype`; norms, angles and the softmax run in float32. Where the
-    collection "stats" is mutable, it receives `max_logit` `[N]` for QK-clip.
+    collection "stats" is mutable, it receives `max_logit` `[N]` for QK-clip, without `bias`.
     """
 
     num_heads: int
@@ -36,6 +36,7 @@ class Attention(nn.Module):
         context: Float[Array, "B S C"] | None = None,
         *,
         mask: Mask | None = None,
+        bias: Float[Array, "#B #N T S"] | None = None,
         angles: Float[Array, "#B T h"] | None = None,
     ) -> Float[Array, "B T D"]:
         D, N, H = x.shape[-1], self.num_heads, self.head_dim
@@ -66,5 +67,5 @@ class Attention(nn.Module):
         if self.is_mutable_collection("stats") and not self.is_initializing():
             self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **before))
 
-        y = attend(q, k, v, mask=mask, **before)
+        y = attend(q, k, v, mask=mask, bias=bias, **before)
         return project("out", "BTNH,NHD->BTD", D=D)(y)

@@ -1,11 +1,12 @@
 """Residual blocks, built from parts, and a scanned stack of them."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -113,20 +114,23 @@ class Stack(nn.Module):
 
     `remat` trades time for memory. `unroll` lays so many layers in a row in the program;
     the parameters stay as they are. `drop_path` is the last layer's rate, the first's
-    is 0.
+    is 0; or what each layer is given, one after the other.
     """
 
     block: nn.Module
     depth: int
     remat: Remat = "none"
     unroll: int = 1
-    drop_path: float = 0.0
+    drop_path: float | tuple[Any, ...] = 0.0
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], *, train: bool = False, **inputs
     ) -> Float[Array, "B T D"]:
-        drops = train and self.drop_path > 0
+        rates = self.drop_path
+        if isinstance(rates, int | float):
+            rates = np.linspace(0, rates, self.depth)
+        drops = train and bool(np.any(rates))
 
         def body(block: nn.Module, x: Array, rate: Array | None) -> tuple[Array, None]:
             rate = rate if drops else None
@@ -144,5 +148,4 @@ class Stack(nn.Module):
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        rates = jnp.linspace(0, self.drop_path, self.depth)
-        return layers(self.block, x, rates)[0]
+        return layers(self.block, x, jnp.asarray(rates, jnp.float32))[0]

@@ -29,6 +29,26 @@ def unpatchify(
     return patches.reshape(B, y * patch, x * patch, C)
 
 
+def tubelets(
+    frames: Float[Array, "B F Y X C"], tubelet: int, patch: int
+) -> Float[Array, "B T P"]:
+    """Cuts videos into blocks of `tubelet` frames and `patch` rows and columns.
+
+    Time is slowest, then rows of patches: `T = f * y * x` and `P = tubelet * patch**2 * C`.
+    A tubelet of one frame gives the patches of each frame, one after the other.
+
+    Raises:
+      ValueError: `tubelet` does not divide the frames, or `patch` the height or width.
+    """
+    B, F, *shape = frames.shape
+    if F % tubelet:
+        raise ValueError(f"tubelet={tubelet} must divide the video's {F} frames")
+    found = patchify(frames.reshape(B * F, *shape), patch)
+    _, S, P = found.shape
+    found = found.reshape(B, F // tubelet, tubelet, S, P).swapaxes(2, 3)
+    return found.reshape(B, F // tubelet * S, tubelet * P)
+
+
 def sincos_2d(
     y: int, x: int, width: int, theta: float = 1e4, *, endpoint: bool = True
 ) -> np.ndarray:
@@ -48,6 +68,21 @@ def sincos_2d(
     rows, columns = np.mgrid[:y, :x]
     parts = [f(p.reshape(-1, 1) * omega) for p in (columns, rows) for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def sincos_1d(count: int, width: int, theta: float = 1e4) -> np.ndarray:
+    """The first transformer's positions, `[count, width]` float32: sin, cos, sin, cos, ...
+
+    Pair `i` turns by `theta ** (-2 i / width)` a place. Source: Vaswani et al. 2017.
+
+    Raises:
+      ValueError: an odd `width`.
+    """
+    if width % 2:
+        raise ValueError(f"sincos_1d needs an even width, got {width}")
+    turns = np.arange(count)[:, None] / theta ** (np.arange(0, width, 2) / width)
+    pairs = np.stack([np.sin(turns), np.cos(turns)], -1)
+    return pairs.reshape(count, width).astype(np.float32)
 
 
 def grid(y: int, x: int) -> tuple[Float[Array, " T"], Float[Array, " T"]]:

@@ -1,13 +1,21 @@
-"""One ViT training step (AdamW, float32) beside torch's, in turns in one process.
+"""ViT at 224 pixels, training and inference, beside torch, in turns in one process.
 
-Both do the same work: forward, loss, backward, update of ViT-Ti/16 at 224 pixels with a
-batch of 8 and 1,000 classes. torch's is its own modules with
-`scaled_dot_product_attention`; without torch, ours is timed alone.
+Both do the same work. A training step is forward, loss, backward and an AdamW update;
+torch's model is its own modules with `scaled_dot_product_attention`. Without torch, ours is
+timed alone. A multiply-add is two operations, products of matrices alone are counted
+(`models.vit.flops`), and a training step is three forward passes; MFU is that rate by what
+the device can do (`--peak`, known for some), and is left out where nobody says that. Memory
+is that of a process of its own, by its high-water mark, on a CPU; and what the compiler
+asks for, anywhere.
 """
 
+import argparse
 import functools
 import os
+import pathlib
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,69 +29,169 @@ from jaxformer.models import vit
 from jaxformer.objectives.classify import Classify
 from jaxformer.optim import AdamW, Constant
 
-SIZE, PIXELS, BATCH, CLASSES = "Ti/16", 224, 8, 1000
+PIXELS, CLASSES = 224, 1000
+MODES = ("train", "infer")
+BATCH = {"Ti/16": 8, "S/16": 4, "B/16": 2, "L/16": 1}  # on a CPU.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12, "v6e": 918e12}
 
 
-def run(rounds: int = 15) -> dict:
-    """Times `rounds` steps of each and prints medians, quartiles and the ratio."""
-    sides = {"ours, remat=dots": ours("dots"), "ours, remat=none": ours("none")}
-    theirs = torchs()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--sizes", nargs="+", choices=BATCH, help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: both")
+    parser.add_argument("--batch", type=int, help="default: 8 to 1 on a CPU, 256 elsewhere")
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
+    parser.add_argument("--remats", nargs="+", help="default: none dots")
+
+
+def run(
+    rounds: int = 7,
+    sizes: tuple[str, ...] = tuple(BATCH),
+    modes: tuple[str, ...] = MODES,
+    batch: int | None = None,
+    dtype: str | None = None,
+    peak: float | None = None,
+    remats: tuple[str, ...] = ("none", "dots"),
+) -> dict:
+    """Times every size in every mode; prints and returns a row a side."""
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    known = (
+        [v for k, v in PEAKS.items() if k in device.device_kind] if dtype != "float32" else []
+    )
+    top = peak * 1e12 if peak else (known or [None])[0]
+    rows = []
+    for size in sizes:
+        for mode in modes:
+            count = batch or (BATCH[size] if on_cpu else 256)
+            rows += measure(size, mode, count, dtype, rounds, top, remats)
+    return {"rounds": rounds, "pixels": PIXELS, "dtype": dtype, "rows": rows}
+
+
+def measure(size, mode, batch, dtype, rounds, peak, remats) -> list[dict]:
+    """One size in one mode: rows of ours and torch's."""
+    sides = {}
+    for remat in remats if mode == "train" else ("none",):
+        name = f"ours, remat={remat}" if mode == "train" else "ours"
+        sides[name] = ours(size, mode, batch, dtype, remat)
+    theirs = torchs(size, mode, batch) if dtype == "float32" else None
     if theirs is not None:
-        sides["torch"] = theirs
-    for step in sides.values():
+        sides["torch"] = theirs, None
+    work = (
+        vit.flops(vit.named(size, num_classes=CLASSES)) * batch * (3 if mode == "train" else 1)
+    )
+    for step, _ in sides.values():
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
-        for name, step in sides.items():
+        for name, (step, _) in sides.items():
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    rows = {}
-    print(f"ViT-{SIZE}, {PIXELS} px, batch {BATCH}, float32, training step, {rounds} rounds")
+    rows = []
     for name, seconds in times.items():
-        rows[name] = {
-            "median_ms": 1e3 * statistics.median(seconds),
+        median = statistics.median(seconds)
+        row = {
+            "size": size,
+            "mode": mode,
+            "batch": batch,
+            "side": name,
+            "median_ms": 1e3 * median,
             "min_ms": 1e3 * min(seconds),
-            "images_per_second": BATCH / statistics.median(seconds),
+            "images_per_second": batch / median,
+            "gflops": work / median / 1e9,
+            "mfu": None if peak is None else work / median / peak,
+            "compiled_bytes": sides[name][1],
+            "process_bytes": process_bytes(size, mode, batch, dtype, name),
         }
         if "torch" in times:
             pairs = [a / b for a, b in zip(seconds, times["torch"], strict=True)]
-            rows[name]["ratio_to_torch"] = statistics.median(pairs)
-        print("  " + name.ljust(18), "  ".join(f"{k} {v:.4g}" for k, v in rows[name].items()))
-    return {"rounds": rounds, "rows": rows}
+            row["ratio_to_torch"] = statistics.median(pairs)
+        rows.append(row)
+        shown = {k: v for k, v in row.items() if isinstance(v, float)}
+        print(f"{size} {mode} x{batch}  {name:<18}", end="")
+        print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()), end="")
+        print(f"  process {(row['process_bytes'] or 0) / 1e6:.0f} MB")
+    return rows
 
 
-def ours(remat: str) -> Callable[[], None]:
-    """A closure that takes one step and waits for it."""
-    model = vit.named(SIZE, num_classes=CLASSES, remat=remat)
+def ours(size: str, mode: str, batch: int, dtype: str, remat: str) -> tuple[Callable, int]:
+    """A closure that takes one step and waits for it, and the bytes its program holds."""
+    model = vit.named(size, num_classes=CLASSES, remat=remat, dtype=jnp.dtype(dtype))
     key = jax.random.key(0)
-    images = jax.random.normal(key, (BATCH, PIXELS, PIXELS, 3))
-    batch = {"image": images, "label": jnp.arange(BATCH)}
+    images = jax.random.normal(key, (batch, PIXELS, PIXELS, 3), jnp.dtype(dtype))
+    params = nn.unbox(jax.jit(model.init)(key, images))["params"]
+    if mode == "infer":
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        apply = jax.jit(model.apply).lower({"params": params}, images).compile()
+        return lambda: jax.block_until_ready(apply({"params": params}, images)), held(apply)
+    data = {"image": images, "label": jnp.arange(batch)}
     boxed = jax.eval_shape(model.init, key, images)["params"]
     tx = AdamW(Constant(1e-3), clip=None).make(nn.get_partition_spec(boxed), 100)
-    params = nn.unbox(jax.jit(model.init)(key, images))["params"]
     state = [steps.init_state(params, tx)]
     loss_fn = functools.partial(Classify().loss, model.apply)
-    step = jax.jit(
-        functools.partial(steps.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0
-    )
+    take = functools.partial(steps.train_step, loss_fn=loss_fn, tx=tx)
+    step = jax.jit(take, donate_argnums=0).lower(state[0], data, key).compile()
 
     def once() -> None:
-        state[0], metrics = step(state[0], batch, key)
+        state[0], metrics = step(state[0], data, key)
         jax.block_until_ready((state[0], metrics))
 
-    return once
+    return once, held(step)
 
 
-def torchs() -> Callable[[], None] | None:
+def held(compiled) -> int:
+    """Bytes that a program needs at once: arguments, results and what is between."""
+    m = compiled.memory_analysis()
+    kept = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return kept + m.temp_size_in_bytes
+
+
+def process_bytes(size, mode, batch, dtype, side) -> int | None:
+    """The high-water mark of a process that takes two steps, beyond its start; on a CPU."""
+    if jax.devices()[0].platform != "cpu":
+        return None
+    code = f"from evaluate.speed.vit import alone; alone{(size, mode, batch, dtype, side)}"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return int(out.stdout.split()[-1])
+
+
+def alone(size: str, mode: str, batch: int, dtype: str, side: str) -> None:
+    """Takes two steps of one side and prints the memory that they took."""
+    if side == "torch":
+        import torch  # pyright: ignore[reportMissingImports] # noqa: F401
+    else:
+        jax.block_until_ready(jnp.ones(1))
+    before = high_water()
+    if side == "torch":
+        step = torchs(size, mode, batch)
+        assert step is not None
+    else:
+        step, _ = ours(size, mode, batch, dtype, side.partition("remat=")[2] or "none")
+    step()
+    step()
+    print(high_water() - before)
+
+
+def high_water() -> int:
+    """The most memory that this process has had, in bytes (Linux)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def torchs(kind: str, mode: str, batch: int) -> Callable[[], None] | None:
     """The same in torch's own modules, or None where torch is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    F, size = torch.nn.functional, vit.SIZES[SIZE.split("/")[0]]
+    F, size = torch.nn.functional, vit.SIZES[kind.split("/")[0]]
     D, N = size.width, size.num_heads
 
     class Block(torch.nn.Module):
@@ -116,13 +224,15 @@ def torchs() -> Callable[[], None] | None:
             return self.head(self.norm(self.blocks(x))[:, 0])
 
     model = Model()
-    count = sum(p.numel() for p in model.parameters())
-    assert count == 5_717_416, f"torch's model has {count} parameters"
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
     images = torch.from_numpy(
-        np.random.default_rng(0).normal(size=(BATCH, 3, PIXELS, PIXELS)).astype(np.float32)
+        np.random.default_rng(0).normal(size=(batch, 3, PIXELS, PIXELS)).astype(np.float32)
     )
-    labels = torch.arange(BATCH)
+    labels = torch.arange(batch)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(images).sum().item()
 
     def once() -> None:
         optimizer.zero_grad()
@@ -131,4 +241,4 @@ def torchs() -> Callable[[], None] | None:
         optimizer.step()
         loss.item()
 
-    return once
+    return once if mode == "train" else forward

@@ -22,6 +22,8 @@ CONFIG = {
 }
 LOAD = """
 import sys, resource, jax
+def high_water():
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 from jaxformer import convert
 from jaxformer.sharding import make_mesh
 convert.load(sys.argv[2])  # What every load needs once.
@@ -29,7 +31,7 @@ mesh = make_mesh(sys.argv[3])
 page = resource.getpagesize()
 before = int(open("/proc/self/statm").read().split()[1]) * page
 model, params = convert.load(sys.argv[1], mesh=mesh)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = high_water() - before
 held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
 print(peak, held, float(params["head"]["kernel"][5, 7]))
 """

@@ -24,7 +24,7 @@ from jaxformer.convert.files import Stored
 from jaxformer.convert.layout import Layout, parse
 from jaxformer.errors import InputError
 
-PIECE = 16 * 2**20  # bytes of their tensor that are in memory at a time.
+PIECE = 4 * 2**20  # bytes of their tensor that are in memory at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,9 @@ def uses(family: Family, model: nn.Module, shapes: Mapping[str, Any]) -> dict[st
         stacked = "{}" in entry.theirs
         lead = len(at) + stacked
         sizes = layout.sizes(shape[lead:], entry.sizes)
-        numbers = range(shape[0]) if entry.layers is None else entry.layers
+        numbers = (entry.layers or range(shape[0])) if stacked else (0,)
         filled[entry.ours] += math.prod(shape) // (shape[stacked] if at else 1)
-        for i, number in enumerate(numbers if stacked else (0,)):
+        for i, number in enumerate(numbers):
             index = ((i,) if stacked else ()) + at
             name = entry.theirs.format(number)
             found[name].append(_Use(entry, index, layout, sizes))
@@ -231,7 +231,7 @@ def _assemble(shape, dtype, place: NamedSharding, pieces) -> jax.Array:
                 first, last = max(start, r.start), min(start + size, r.stop)
                 local.append(first - r.start)
                 cut.append(slice(first - start, max(last - start, first - start)))
-            part = piece[tuple(cut)].astype(dtype)
+            part = piece[tuple(cut)].astype(dtype, copy=False)
             if 0 in part.shape:
                 continue
             full = tuple(len(r) for r in ranges)

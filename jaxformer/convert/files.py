@@ -163,7 +163,7 @@ def write(
         for name, tensor in tensors:
             if shard and _bytes(shard) + tensor.nbytes > shard_bytes:
                 close_shard()
-            shard[name] = np.ascontiguousarray(tensor)
+            shard[name] = np.asarray(tensor, order="C")
         close_shard()
         count = len(written)
         if count == 1:

@@ -1,0 +1,135 @@
+"""Pictures of what a vision model does: where it looks, and what it fills in."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+
+from jaxformer.errors import InputError
+
+
+def attention_picture(
+    images: Float[np.ndarray, "B Y X C"],
+    weights: Float[np.ndarray, "B N T S"],
+    path: str | pathlib.Path,
+    *,
+    query: int | None = 0,
+    grid: tuple[int, int] | None = None,
+) -> pathlib.Path:
+    """Draws how much each patch is looked at over its image, as a PNG.
+
+    A row an image: the image, the mean of the heads, and each head alone. What is
+    looked at most is bright.
+
+    Args:
+      images: of any range; each is drawn from its least to its greatest value.
+      weights: of one layer, after the softmax. The patches are the last keys, row by row;
+        what comes before them (class token, registers) is left out.
+      path: where to write; the suffix becomes `.png`.
+      query: whose weights are drawn: 0 is the class token. None is the mean of all.
+      grid: rows and columns of patches; the largest square that the keys hold, if not
+        given.
+
+    Raises:
+      InputError: the grid has more patches than there are keys, or no such query.
+    """
+    B, N, T, S = weights.shape
+    side = int(S**0.5)
+    y, x = (side, side) if grid is None else grid
+    if y * x > S:
+        raise InputError(f"grid={y, x} has {y * x} patches, more than the {S} keys; lower it")
+    if query is not None and not -T <= query < T:
+        raise InputError(f"query={query} is not one of the {T} queries; lower it")
+    rows = weights.mean(2) if query is None else weights[:, :, query]
+    maps = np.asarray(rows, np.float32)[..., S - y * x :].reshape(B, N, y, x)
+    maps = np.concatenate([maps.mean(1, keepdims=True), maps], axis=1)
+    titles = ["image", "mean", *(f"head {n}" for n in range(N))]
+
+    def draw(axis: Axes, row: int, column: int) -> None:
+        Y, X, _ = images[row].shape
+        box = (0.0, float(X), float(Y), 0.0)  # left, right, bottom, top.
+        axis.imshow(_shown(images[row]), cmap="gray", extent=box)
+        if column:
+            axis.imshow(
+                maps[row, column - 1],
+                cmap="inferno",
+                extent=box,
+                alpha=0.6,
+                interpolation="bilinear",
+                vmin=0,
+            )
+
+    return _table(path, B, titles, draw)
+
+
+def reconstruction_picture(
+    images: Float[np.ndarray, "B Y X C"],
+    hidden: Bool[np.ndarray, "B y x"],
+    filled: Float[np.ndarray, "B Y X C"],
+    path: str | pathlib.Path,
+) -> pathlib.Path:
+    """Draws images, what a model saw of them, and what it made of it, as a PNG.
+
+    A row an image: the image, the image with hidden patches in grey, and that with the
+    model's values in the hidden patches. He et al. 2022 (MAE) show their results so.
+
+    Args:
+      images: of any range; a row is drawn in the range of its image.
+      hidden: which patches the model did not see, row by row.
+      filled: the model's images; only hidden patches are drawn.
+      path: where to write; the suffix becomes `.png`.
+
+    Raises:
+      InputError: the patches do not divide the images.
+    """
+    B, Y, X, _ = images.shape
+    y, x = hidden.shape[1:]
+    if Y % y or X % x:
+        raise InputError(f"hidden has {y} x {x} patches, which do not divide {Y} x {X} pixels")
+    mask = hidden.repeat(Y // y, axis=1).repeat(X // x, axis=2)[..., None]
+    pictures = []
+    for image, mask_of, made in zip(images, mask, filled, strict=True):
+        span = float(image.min()), float(image.max())
+        pictures.append(
+            (
+                _shown(image),
+                np.where(mask_of, 0.5, _shown(image)),
+                _shown(np.where(mask_of, made, image), span),
+            )
+        )
+
+    def draw(axis: Axes, row: int, column: int) -> None:
+        axis.imshow(pictures[row][column], cmap="gray", vmin=0, vmax=1)
+
+    return _table(path, B, ["image", "seen", "filled in"], draw)
+
+
+def _shown(image: np.ndarray, span: tuple[float, float] | None = None) -> np.ndarray:
+    """An image in [0, 1] as matplotlib draws it, `[Y, X, 1]` or `[Y, X, 3]`."""
+    low, high = (float(image.min()), float(image.max())) if span is None else span
+    return np.clip((np.asarray(image, np.float32) - low) / max(high - low, 1e-6), 0, 1)
+
+
+def _table(path, rows: int, titles: list[str], draw) -> pathlib.Path:
+    """A picture of `rows` times `titles` axes, each drawn by `draw(axis, row, column)`."""
+    columns = len(titles)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.6 * columns, 1.6 * rows + 0.3), squeeze=False
+    )
+    for (row, column), axis in np.ndenumerate(axes):
+        draw(axis, row, column)
+        axis.set_axis_off()
+        if row == 0:
+            axis.set_title(titles[column], fontsize=9)
+    figure.tight_layout()
+    path = pathlib.Path(path).with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -96,7 +96,7 @@ BAD = {
     ),
     "heads": ([CONFIG, "model.num_heads=3"], "num_heads=3 must divide width=64"),
     "best by what is not measured": (
-        [CONFIG, *TINY, "steps=1", "keep.metric=test/top2", "--mesh", "data=8"],
+        [CONFIG, *FAST, "keep.metric=test/top2"],
         "keep.metric=test/top2 was not measured; choose one of test/calibration, test/loss",
     ),
     "profile": ([CONFIG, "--profile", "9:3"], "--profile 9:3: expected FIRST:LAST"),

@@ -1,8 +1,29 @@
 """Entries of the parts that many families share."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxformer.convert.engine import Entry
+from jaxformer.layers.attention import Attention
+from jaxformer.layers.block import Block, Mlp, Stack
+from jaxformer.layers.embed import PatchEmbed
+from jaxformer.models.vit import Encoder
+
+
+def is_plain(model: Any) -> bool:
+    """Whether it is an encoder of patches, by blocks of plain attention and MLP.
+
+    Of such a model a family can read all sizes; other parts may be any.
+    """
+    if type(model) is not Encoder or type(model.embed) is not PatchEmbed:
+        return False
+    block = getattr(model.stack, "block", None)
+    return (
+        type(model.stack) is Stack
+        and type(block) is Block
+        and type(block.attention) is Attention
+        and type(block.mlp) is Mlp
+    )
 
 
 def linear(ours: str, theirs: str, bias: bool = True, **entry) -> list[Entry]:
@@ -19,6 +40,11 @@ def norm(ours: str, theirs: str, bias: bool = True, **entry) -> list[Entry]:
     return found + (
         [Entry(f"{ours}/bias", f"{theirs}.bias", "D -> D", **entry)] if bias else []
     )
+
+
+def layer_scale(ours: str, theirs: str) -> list[Entry]:
+    """A factor for each channel; `theirs` is the whole name."""
+    return [Entry(f"{ours}/scale", theirs, "D -> D")]
 
 
 def patches(ours: str, theirs: str, patch: int, bias: bool = True) -> list[Entry]:

@@ -26,6 +26,28 @@ class Average(nn.Module):
         return x[:, self.skip :].mean(1)
 
 
+class FirstAndAverage(nn.Module):
+    """The first token, beside the mean of all after the first `skip`: `2 D` numbers.
+
+    What DINOv2's linear classifiers look at (Oquab et al. 2023, arXiv 2304.07193).
+    """
+
+    skip: int = 1
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B E"]:
+        return jnp.concatenate([x[:, 0], x[:, self.skip :].mean(1)], -1)
+
+
+class Rest(nn.Module):
+    """Another pooling of the tokens after the first `skip`."""
+
+    pool: nn.Module
+    skip: int = 0
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        return self.pool(x[:, self.skip :])
+
+
 class AttentionPool(nn.Module):
     """MAP: a learned probe attends to all tokens, then an MLP (Zhai et al. 2022).
 

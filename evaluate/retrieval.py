@@ -43,7 +43,7 @@ class Retrieval:
         ):
             rows = Pipeline(_Rows(queries, labels))
             part = trained.measure(measure, rows, keys, labels)
-            found |= {f"{name}{at}": metric for at, metric in part.items()}
+            found |= {f"{name}@{k}": part[f"@{k}"] for k in probe.AT}
         return found
 
 

@@ -29,24 +29,14 @@ class _Reopened:
 
 
 @dataclass(frozen=True)
-class Parquet(_Reopened):
-    """Parquet files as Hugging Face writes them, read by row group.
-
-    The image column is a struct with a field `bytes`, or plain binary; the label column
-    holds integers. `paths` is a file, a pattern (`data/train-*.parquet`) or several.
-    Four row groups stay in memory, never a whole file. Shuffled reading takes a whole
-    row group for almost every record: to train on more than a few gigabytes, write
-    groups of few rows or rewrite the records with `write_array_record`.
-
-    Raises:
-      InputError: a file is missing or damaged, lacks a column, or has a label outside
-        [0, num_classes).
-    """
+class _Rows(_Reopened):
+    """Rows of Parquet files, of which four row groups stay in memory, never a whole file."""
 
     paths: str | tuple[str, ...]
-    num_classes: int
-    image: str = "image"
-    label: str = "label"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
     @functools.cached_property
     def _groups(self) -> tuple[list[tuple[str, int, int]], list[int]]:
@@ -54,12 +44,11 @@ class Parquet(_Reopened):
         groups, sizes = [], []
         for path in _files(self.paths):
             file = _open_parquet(path)
-            for name in (self.image, self.label):
+            for name in self._columns:
                 if name not in file.schema_arrow.names:
                     raise InputError(
                         f"{path}: has no column {name!r} but "
-                        f"{', '.join(file.schema_arrow.names)}; name the image and "
-                        "label columns"
+                        f"{', '.join(file.schema_arrow.names)}; name the columns to read"
                     )
             first = 0
             for group in range(file.metadata.num_row_groups):
@@ -76,7 +65,7 @@ class Parquet(_Reopened):
         import pyarrow
 
         try:
-            return _open_parquet(path).read_row_group(group, [self.image, self.label])
+            return _open_parquet(path).read_row_group(group, list(self._columns))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(
                 f"{path}: row group {group} is damaged; fetch the file again"
@@ -85,21 +74,79 @@ class Parquet(_Reopened):
     def __len__(self) -> int:
         return self._groups[1][-1] if self._groups[1] else 0
 
-    def __getitem__(self, index: int) -> Record:
+    def _row(self, index: int) -> tuple[tuple[Any, ...], str]:
+        """The values of the columns in one row, and where it is."""
         groups, ends = self._groups
         number, row = _locate(ends, index)
         path, group, first = groups[number]
-        table, where = self._table(path, group), f"{path}[{first + row}]"
-        image = table.column(self.image)[row].as_py()
-        if isinstance(image, dict):
-            image = image.get("bytes")
-        if not isinstance(image, bytes):
-            raise InputError(
-                f"{where}: column {self.image!r} holds no image bytes; write the "
-                "images into the file, not their paths"
-            )
-        label = _label(table.column(self.label)[row].as_py(), self.num_classes, where)
-        return {"image": image, "label": label, "source": where}
+        table = self._table(path, group)
+        values = tuple(table.column(name)[row].as_py() for name in self._columns)
+        return values, f"{path}[{first + row}]"
+
+
+@dataclass(frozen=True)
+class Parquet(_Rows):
+    """Parquet files as Hugging Face writes them, read by row group.
+
+    The image column is a struct with a field `bytes`, or plain binary; the label column
+    holds integers. `paths` is a file, a pattern (`data/train-*.parquet`) or several.
+    Four row groups stay in memory, never a whole file. Shuffled reading takes a whole
+    row group for almost every record: to train on more than a few gigabytes, write
+    groups of few rows or rewrite the records with `write_array_record`.
+
+    Raises:
+      InputError: a file is missing or damaged, lacks a column, or has a label outside
+        [0, num_classes).
+    """
+
+    num_classes: int
+    image: str = "image"
+    label: str = "label"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return self.image, self.label
+
+    def __getitem__(self, index: int) -> Record:
+        (image, label), where = self._row(index)
+        label = _label(label, self.num_classes, where)
+        return {"image": _bytes(image, self.image, where), "label": label, "source": where}
+
+
+@dataclass(frozen=True)
+class Captions(_Rows):
+    """Parquet files of images with a text each: `{"image", "text", "source"}`.
+
+    Columns and reading are as `Parquet`'s; a text that is a list gives its first.
+
+    Raises:
+      InputError: a file is missing or damaged, lacks a column, or a text is none.
+    """
+
+    image: str = "image"
+    text: str = "text"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return self.image, self.text
+
+    def __getitem__(self, index: int) -> Record:
+        (image, text), where = self._row(index)
+        text = text[0] if isinstance(text, list) and text else text
+        if not isinstance(text, str):
+            raise InputError(f"{where}: column {self.text!r} holds no text; leave that row out")
+        return {"image": _bytes(image, self.image, where), "text": text, "source": where}
+
+
+def _bytes(image: Any, column: str, where: str) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if not isinstance(image, bytes):
+        raise InputError(
+            f"{where}: column {column!r} holds no image bytes; write the "
+            "images into the file, not their paths"
+        )
+    return image
 
 
 def _open_parquet(path: str):

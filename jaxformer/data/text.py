@@ -1,9 +1,10 @@
-"""Text as tokens: Unicode names, letter by letter.
+"""Text as tokens: Unicode names letter by letter, and any text by a tokenizer's file.
 
-The alphabet is that of Unicode's names: space, hyphen, digits and capitals. Token 0 is
+For names, the alphabet is that of Unicode's names: space, hyphen, digits and capitals. Token 0 is
 padding, 1 the end of the text, and the letters follow.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,3 +71,43 @@ class Spell:
     def __call__(self, record: Record) -> Record:
         rest = {name: value for name, value in record.items() if name != "text"}
         return rest | {"tokens": encode(record["text"], self.length)}
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """A transform: the record's `text` becomes `tokens`, int32 `[length]`.
+
+    `path` is a `tokenizer.json` as Hugging Face's tokenizers write it. What is too long is
+    cut; `end` is put at the end where it is given, and `pad` fills the rest.
+
+    Raises:
+      InputError: no such file, or it is no tokenizer.
+    """
+
+    path: str
+    length: int
+    pad: int = 0
+    end: int | None = None
+
+    def __call__(self, record: Record) -> Record:
+        rest = {name: value for name, value in record.items() if name != "text"}
+        ids = _tokenizer(self.path).encode(record["text"]).ids
+        end = [] if self.end is None else [self.end]
+        ids = [*ids[: self.length - len(end)], *end]
+        tokens = np.full(self.length, self.pad, np.int32)
+        tokens[: len(ids)] = ids
+        return rest | {"tokens": tokens}
+
+
+@functools.cache
+def _tokenizer(path: str):
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError('Tokenize needs tokenizers; pip install "jaxformer[hf]"') from None
+    try:
+        return tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # It raises nothing more special.
+        raise InputError(
+            f"{path}: is no tokenizer.json ({error}); name one as tokenizers write it"
+        ) from error

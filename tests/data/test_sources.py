@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from jaxformer.data.shards import ArrayRecord, Parquet, write_array_record
+from jaxformer.data.shards import ArrayRecord, Captions, Parquet, write_array_record
 from jaxformer.data.sources import Digits, ImageFolder
 from jaxformer.errors import InputError
 
@@ -200,3 +200,16 @@ def test_array_record_says_what_is_wrong(tmp_path):
     write_array_record(path, [{"image": b"", "label": 5}])
     with pytest.raises(InputError, match=r"\[0\]: label 5 is not an integer from 0 to 4; corr"):
         ArrayRecord(path, num_classes=5)[0]
+
+
+def test_captions_are_images_with_texts(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    images = [{"bytes": b"x", "path": None}, {"bytes": b"y", "path": None}]
+    rows = {"image": images, "text": ["a cat", "a dog"], "more": [["one", "two"], []]}
+    pyarrow.parquet.write_table(pa.table(rows), path)
+    source = Captions(path)
+    assert len(source) == 2
+    assert source[1] == {"image": b"y", "text": "a dog", "source": f"{path}[1]"}
+    assert Captions(path, text="more")[0]["text"] == "one"
+    with pytest.raises(InputError, match=r"a.parquet\[1\]: column 'more' holds no text"):
+        Captions(path, text="more")[1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxformer.data.text import ALPHABET, VOCAB, Spell, decode, encode
+from jaxformer.data.text import ALPHABET, VOCAB, Spell, Tokenize, decode, encode
 from jaxformer.errors import InputError
 
 
@@ -41,3 +41,19 @@ def test_bad_input_is_told_in_one_sentence():
         encode("CAT", 3)
     with pytest.raises(InputError, match="token 40 is not one of the 40, 0 to 39"):
         decode(np.array([2, 40]))
+
+
+def test_a_tokenizers_file_makes_tokens(tmp_path):
+    import tokenizers
+
+    words = {"[UNK]": 0, "a": 5, "cat": 6, "sat": 7}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = str(tmp_path / "tokenizer.json")
+    made.save(path)
+    record = {"text": "a cat sat", "label": 3}
+    found = Tokenize(path, 5, pad=9, end=1)(record)
+    assert found["tokens"].tolist() == [5, 6, 7, 1, 9] and found["label"] == 3
+    assert Tokenize(path, 2, end=1)(record)["tokens"].tolist() == [5, 1]
+    with pytest.raises(InputError, match=r"none\.json: is no tokenizer\.json"):
+        Tokenize(str(tmp_path / "none.json"), 5)(record)

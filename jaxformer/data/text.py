@@ -1,6 +1,6 @@
 """Text as tokens: Unicode names letter by letter, and any text by a tokenizer's file.
 
-For names, the alphabet is that of Unicode's names: space, hyphen, digits and capitals. Token 0 is
+For names, the alphabet is that of Unicode's: space, hyphen, digits and capitals. Token 0 is
 padding, 1 the end of the text, and the letters follow.
 """
 

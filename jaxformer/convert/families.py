@@ -1,6 +1,6 @@
 """Every family, by the `model_type` of its config. A new family is a file and a line here."""
 
-from jaxformer.convert import dinov2, dinov3, vit
+from jaxformer.convert import dinov2, dinov3, mae, vit
 from jaxformer.convert.engine import Family
 
 FAMILIES: dict[str, Family] = {
@@ -8,6 +8,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         vit.VIT,
         vit.DEIT,
+        mae.MAE,
         dinov2.DINOV2,
         dinov2.DINOV2_WITH_REGISTERS,
         dinov3.DINOV3,

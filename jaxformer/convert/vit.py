@@ -65,7 +65,8 @@ def blocks(
     D, N = number(config, width, size.width), number(config, heads, size.num_heads)
     if D % N:
         raise InputError(f"config.json: {heads}={N} must divide {width}={D}")
-    biases = {"use_bias": bool(config.get("qkv_bias", True)), "out_bias": True}
+    qkv = bool(config.get("qkv_bias", True))
+    biases = {"use_bias": qkv, "out_bias": None if qkv else True}
     return Stack(
         Block(
             Attention(N, D // N, **(attention or biases), dtype=dtype),
@@ -81,7 +82,7 @@ def blocks(
     )
 
 
-def told(stack: Stack, before: str = "") -> dict[str, Any]:
+def told(stack: Any, before: str = "") -> dict[str, Any]:
     """What a config says of the sizes of `blocks`, but for their width."""
     return {
         f"{before}num_hidden_layers": stack.depth,
@@ -90,7 +91,7 @@ def told(stack: Stack, before: str = "") -> dict[str, Any]:
     }
 
 
-def layers(ours: str, theirs: str, stack: Stack) -> list[Entry]:
+def layers(ours: str, theirs: str, stack: Any) -> list[Entry]:
     """The table of `blocks`: `ours` is the path of the stack, `theirs` ends in `.{}`."""
     attention, block = stack.block.attention, f"{ours}/block"
     biases = {"query": attention.use_bias, "key": attention.key_bias}

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import tempfile
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from jaxformer import convert
@@ -32,6 +34,7 @@ def record(case: Case) -> None:
     module = case.original().eval()
     randomise(module, case.scales)
     module.save_pretrained(case.directory)
+    rename(case.directory / "model.safetensors", case.hub)
     inputs = case.inputs(np.random.default_rng(3))
     outputs = case.theirs(module, {k: torch.from_numpy(v) for k, v in inputs.items()})
     found = {name: out.detach().numpy() for name, out in outputs.items()}
@@ -53,6 +56,15 @@ def record(case: Case) -> None:
     size = sum(p.stat().st_size for p in case.directory.rglob("*") if p.is_file())
     assert size < LIMIT, f"{case.name}: {size:,} bytes; make it smaller"
     print(f"{case.name}: recorded, {size:,} bytes")
+
+
+def rename(path: pathlib.Path, hub: tuple[tuple[str, str], ...]) -> None:
+    """Writes the tensors of a file under other names."""
+    tensors = safetensors.torch.load_file(path)
+    for pattern, replacement in hub:
+        tensors = {re.sub(pattern, replacement, name): x for name, x in tensors.items()}
+    if hub:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def randomise(module: torch.nn.Module, scales) -> None:

@@ -1,6 +1,6 @@
 """Every family, by the `model_type` of its config. A new family is a file and a line here."""
 
-from jaxformer.convert import dinov2, dinov3, mae, vit
+from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, vit
 from jaxformer.convert.engine import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,6 +9,15 @@ FAMILIES: dict[str, Family] = {
         vit.VIT,
         vit.DEIT,
         mae.MAE,
+        siglip.SIGLIP,
+        siglip.SIGLIP_VISION,
+        siglip.SIGLIP_TEXT,
+        siglip2.SIGLIP2,
+        siglip2.SIGLIP2_VISION,
+        siglip2.SIGLIP2_TEXT,
+        clip.CLIP,
+        clip.CLIP_VISION,
+        clip.CLIP_TEXT,
         dinov2.DINOV2,
         dinov2.DINOV2_WITH_REGISTERS,
         dinov3.DINOV3,

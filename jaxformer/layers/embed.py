@@ -221,3 +221,17 @@ class PatchEmbed(nn.Module):
             angles = self.rotary(y, x, train=train)
             block["angles"] = jnp.pad(angles, ((lead, 0), (0, 0)))[None]
         return Tokens(constrain(tokens, "BTD"), block)
+
+
+class TrimmedEmbed(PatchEmbed):
+    """`PatchEmbed` that leaves out the last rows and columns that are short of a patch.
+
+    So does a strided convolution: of the 384 pixels of SigLIP So400m/14 it reads 378.
+    `size` is that of the images it is made for, (rows, columns).
+    """
+
+    size: tuple[int, int] | None = None
+
+    def __call__(self, images: Float[Array, "B Y X C"], *inputs, train: bool = False) -> Tokens:
+        Y, X = (n // self.patch * self.patch for n in images.shape[1:3])
+        return super().__call__(images[:, :Y, :X], *inputs, train=train)

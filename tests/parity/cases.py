@@ -1,6 +1,9 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import dino, mae, vit
+from tests.parity import clip, dino, mae, siglip, vit
 from tests.parity.case import Case
 
-CASES: dict[str, Case] = {case.name: case for case in (*vit.CASES, *dino.CASES, *mae.CASES)}
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (*vit.CASES, *clip.CASES, *siglip.CASES, *dino.CASES, *mae.CASES)
+}

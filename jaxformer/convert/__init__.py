@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxformer.convert import engine, files
-from jaxformer.convert.families import FAMILIES
+from jaxformer.convert.families import FAMILIES, kind_of
 from jaxformer.errors import InputError
 from jaxformer.sharding import FSDP_TENSOR, Rules
 
@@ -42,7 +42,7 @@ def load(
     """
     path = pathlib.Path(path)
     config = files.read_config(path)
-    kind = config.get("model_type")
+    kind = kind_of(config)
     if kind not in FAMILIES:
         raise InputError(
             f"{path}: model_type {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}"
@@ -79,6 +79,8 @@ def save(
     """
     if kind is not None and kind not in FAMILIES:
         raise InputError(f"kind={kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    parts = getattr(model, "parts", None)  # A model that is told by numbers alone.
+    model = model if parts is None else parts()
     for family in [FAMILIES[kind]] if kind else FAMILIES.values():
         config = family.config(model)
         if config is not None and engine.is_told_by(config, family, model):

@@ -23,6 +23,7 @@ from jaxformer import sharding
 from jaxformer.convert.files import Stored
 from jaxformer.convert.layout import Layout, parse
 from jaxformer.errors import InputError
+from jaxformer.layers.attention import Attention
 
 PIECE = 4 * 2**20  # bytes of their tensor that are in memory at a time.
 
@@ -271,7 +272,14 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b) or not dataclasses.is_dataclass(a) or isinstance(a, type):
         return a == b
     names = {f.name for f in dataclasses.fields(a)} - _RUNNING
-    return all(_same(getattr(a, name), getattr(b, name)) for name in names)
+    return all(_same(_value(a, name), _value(b, name)) for name in names)
+
+
+def _value(node: Any, name: str) -> Any:
+    """A field; of attention, None for one bias says that it is as all of them."""
+    value = getattr(node, name)
+    alike = isinstance(node, Attention) and name in ("key_bias", "out_bias") and value is None
+    return node.use_bias if alike else value
 
 
 def tensors_of(

@@ -1,6 +1,9 @@
 """Every family, by the `model_type` of its config. A new family is a file and a line here."""
 
-from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, vit
+from collections.abc import Mapping
+from typing import Any
+
+from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, swin, timm, vit
 from jaxformer.convert.engine import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,6 +12,7 @@ FAMILIES: dict[str, Family] = {
         vit.VIT,
         vit.DEIT,
         mae.MAE,
+        swin.SWIN,
         siglip.SIGLIP,
         siglip.SIGLIP_VISION,
         siglip.SIGLIP_TEXT,
@@ -21,5 +25,12 @@ FAMILIES: dict[str, Family] = {
         dinov2.DINOV2,
         dinov2.DINOV2_WITH_REGISTERS,
         dinov3.DINOV3,
+        timm.TIMM,
     )
 }
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """The name of a config's family; timm names an `architecture` and no `model_type`."""
+    kind = config.get("model_type", "timm" if "architecture" in config else None)
+    return kind if isinstance(kind, str) else None

@@ -102,12 +102,20 @@ def attention(
 
 
 def fused_attention(
-    ours: str, qkv: str, out: str, heads: int, *, bias: bool = True, **entry
+    ours: str,
+    qkv: str,
+    out: str,
+    heads: int,
+    *,
+    bias: bool = True,
+    without: tuple[str, ...] = (),
+    **entry,
 ) -> list[Entry]:
     """Query, key and value in one tensor, one after the other, and `out` beside it.
 
     `qkv` and `out` are names without `.weight`; torch's own attention writes `in_proj` as
-    one word, `in_proj_weight`: name it `...in_proj_` for that.
+    one word, `in_proj_weight`: name it `...in_proj_` for that. `bias` is whether the four
+    have one, but for those `without`.
     """
     found, sizes = [], {"N": heads}
     dot = "" if qkv.endswith("_") else "."
@@ -118,13 +126,13 @@ def fused_attention(
                 f"{ours}/{name}/kernel", f"{qkv}{dot}weight", "(N H) D -> D N H", sizes, **part
             )
         )
-        if bias:
+        if bias and name not in without:
             found.append(
                 Entry(f"{ours}/{name}/bias", f"{qkv}{dot}bias", "(N H) -> N H", sizes, **part)
             )
     found.append(
         Entry(f"{ours}/out/kernel", f"{out}.weight", "D (N H) -> N H D", sizes, **entry)
     )
-    if bias:
+    if bias and "out" not in without:
         found.append(Entry(f"{ours}/out/bias", f"{out}.bias", "D -> D", **entry))
     return found

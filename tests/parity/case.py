@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.convert import engine, files
-from jaxformer.convert.families import FAMILIES
+from jaxformer.convert.families import FAMILIES, kind_of
 
 RECORDED = pathlib.Path(__file__).parent / "recorded"
 TOLERANCE = 1e-5  # of outputs, absolute.
@@ -52,6 +52,13 @@ class Case:
         """Where it is recorded."""
         return RECORDED / self.name
 
+    @property
+    def kind(self) -> str:
+        """The family of what is recorded."""
+        found = kind_of(files.read_config(self.directory))
+        assert found is not None
+        return found
+
     def answers(self) -> tuple[dict, dict]:
         """The recorded inputs and outputs."""
         with np.load(self.directory / "answers.npz", allow_pickle=False) as found:
@@ -61,7 +68,7 @@ class Case:
 
     def gradient_of_theirs(self, model: Any) -> Any:
         """Their gradients as a tree like our parameters."""
-        family = FAMILIES[files.read_config(self.directory)["model_type"]]
+        family = FAMILIES[self.kind]
         stored = files.open_tensors(self.directory / "gradients")
         tensors = {family.canonical(n): t for n, t in stored.items() if not family.ignores(n)}
         where = str(self.directory)

@@ -1,9 +1,17 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, mae, siglip, vit
+from tests.parity import clip, dino, mae, siglip, swin, timm, vit
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (*vit.CASES, *clip.CASES, *siglip.CASES, *dino.CASES, *mae.CASES)
+    for case in (
+        *vit.CASES,
+        *clip.CASES,
+        *siglip.CASES,
+        *dino.CASES,
+        *mae.CASES,
+        *swin.CASES,
+        *timm.CASES,
+    )
 }

@@ -101,7 +101,7 @@ class ColumnsFirst(CenteredAngles):
         return jnp.concatenate([columns, rows], -1)
 
 
-def _as(path: str, kind: type):
+def as_class(path: str, kind: type):
     """A mutation: the part at `path` is of another class, with the same fields."""
 
     def mutate(model, inputs):
@@ -164,7 +164,7 @@ CASES = (
         {
             "resize without antialias": wrong("embed.position.antialias", False),
             "mean of registers too": wrong("pool", FirstAndAverage(1)),
-            "registers before the class token": _as("embed", RegistersFirst),
+            "registers before the class token": as_class("embed", RegistersFirst),
         },
     ),
     Case(
@@ -181,9 +181,9 @@ CASES = (
             "last epsilon": wrong("norm.epsilon", 1e-6),
             "theta": wrong("embed.rotary.theta", 1e4),
             "angles counted from 0": wrong("embed.rotary", GridAngles(8)),
-            "columns first": _as("embed.rotary", ColumnsFirst),
-            "class token and registers turned": _as("embed", TurnedPrefix),
-            "registers before the class token": _as("embed", RegistersFirst),
+            "columns first": as_class("embed.rotary", ColumnsFirst),
+            "class token and registers turned": as_class("embed", TurnedPrefix),
+            "registers before the class token": as_class("embed", RegistersFirst),
             "nothing masked": _nothing_masked,
         },
         SMALL,

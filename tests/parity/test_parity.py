@@ -58,7 +58,7 @@ def test_one_wrong_fact_is_noticed(name, fact):
 def test_what_is_saved_is_what_was_loaded(name, tmp_path):
     case = CASES[name]
     model, params = load(name)
-    convert.save(tmp_path, model, params, kind=files.read_config(case.directory)["model_type"])
+    convert.save(tmp_path, model, params, kind=case.kind)
     before, after = (files.open_tensors(d) for d in (case.directory, tmp_path))
     assert before.keys() == after.keys()
     for key in before:

@@ -42,7 +42,7 @@ def test_overrides_reach_every_part(digits):
         ("steps.x=3", "steps.x: int has no field 'x'; it is a value"),
         ("steps=many", "steps: expected int, got 'many'"),
         ("steps=1.5", "steps: expected int, got '1.5'"),
-        ("model.pool=mean", "model.pool: expected cls or gap or map, got 'mean'"),
+        ("model.pool=mean", "model.pool: expected cls or tok or gap or map, got 'mean'"),
         ("ema=yes", "ema: expected float | None, got 'yes'"),
         ("steps", "'steps' must be NAME=VALUE, such as steps=500"),
     ],

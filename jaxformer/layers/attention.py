@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxformer.layers.einsum import Einsum
-from jaxformer.ops.attention import attend, max_logit
+from jaxformer.ops.attention import attend, max_logit, weights
 from jaxformer.ops.mask import Mask
 
 
@@ -66,6 +66,8 @@ class Attention(nn.Module):
         before = {"norm": norm, "angles": angles}
         if self.is_mutable_collection("stats") and not self.is_initializing():
             self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **before))
+        if self.is_mutable_collection("maps") and not self.is_initializing():
+            self.sow("maps", "weights", weights(q, k, mask=mask, **before))
 
         y = attend(q, k, v, mask=mask, bias=bias, **before)
         return project("out", "BTNH,NHD->BTD", D=D)(y)

@@ -142,7 +142,7 @@ class Stack(nn.Module):
             body = nn.remat(body, prevent_cse=False, policy=POLICIES[self.remat])
         layers = nn.scan(
             body,
-            variable_axes={"params": 0, "stats": 0},
+            variable_axes={"params": 0, "stats": 0, "maps": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.depth,
             unroll=self.unroll,

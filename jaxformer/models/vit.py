@@ -6,7 +6,8 @@ larger sizes and MAP, Darcet et al. 2024 (2309.16588) for registers, Beyer et al
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from jaxformer.layers.block import Block, Mlp, Remat, Stack
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.embed import GridAngles, GridPosition, PatchEmbed, SincosPosition
 from jaxformer.layers.norm import LayerNorm, RMSNorm
-from jaxformer.layers.pool import AttentionPool, Average, First
+from jaxformer.layers.pool import AttentionPool, Average, First, TanhLayer
+from jaxformer.ops.activation import gelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,10 @@ class ViT(nn.Module):
     it gives the pooled features `[B, D]`. Images have values around 0, `[B, Y, X, C]`.
     Learned positions are of images of `size` pixels, (rows, columns), and resized for
     others; without `size` they are of the images that come, which then never change.
+
+    The class token of `pool` "cls" has a position too, as in the first ViT; that of "tok"
+    has none, as in big_vision, whose `activation` is `gelu_tanh`. With `rep_size` a tanh
+    layer of that width follows the pooling.
     """
 
     width: int
@@ -130,10 +136,12 @@ class ViT(nn.Module):
     num_classes: int = 1000
     size: tuple[int, int] | None = None
     positions: Literal["learned", "sincos", "rotary"] = "learned"
-    pool: Literal["cls", "gap", "map"] = "cls"
+    pool: Literal["cls", "tok", "gap", "map"] = "cls"
     registers: int = 0
     qk_norm: bool = False
     layer_scale: float | None = None
+    activation: Callable[[Array], Array] = gelu
+    rep_size: int = 0
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: Remat = "none"
@@ -170,13 +178,13 @@ class ViT(nn.Module):
         D, dtype = self.width, self.dtype
         if D % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide width={D}")
-        prefix = int(self.pool == "cls")
+        prefix = int(self.pool in ("cls", "tok"))
         grid = None
         if self.size is not None:
             grid = (self.size[0] // self.patch, self.size[1] // self.patch)
         position = rotary = None
         if self.positions == "learned":
-            position = GridPosition(D, shape=grid, prefix=prefix, parent=None)
+            position = GridPosition(D, grid, int(self.pool == "cls"), parent=None)
         elif self.positions == "sincos":
             position = SincosPosition(D, parent=None)
         elif self.positions == "rotary":
@@ -185,14 +193,17 @@ class ViT(nn.Module):
             raise ValueError(
                 f"positions={self.positions!r} must be one of learned, sincos, rotary"
             )
-        if self.pool == "cls":
+        if prefix:
             pool = First(parent=None)
         elif self.pool == "gap":
             pool = Average(self.registers, parent=None)
         elif self.pool == "map":
             pool = AttentionPool(self._attention(), self._mlp(), parent=None)
         else:
-            raise ValueError(f"pool={self.pool!r} must be one of cls, gap, map")
+            raise ValueError(f"pool={self.pool!r} must be one of cls, tok, gap, map")
+        neck = None
+        if self.rep_size:
+            neck = TanhLayer(self.rep_size, dtype=dtype, parent=None)
         block = Block(
             self._attention(),
             self._mlp(),
@@ -214,6 +225,7 @@ class ViT(nn.Module):
             Stack(block, self.depth, self.remat, self.unroll, self.drop_path, parent=None),
             LayerNorm(parent=None),
             pool,
+            neck,
             num_classes=self.num_classes,
             dropout=self.dropout,
             dtype=dtype,
@@ -233,11 +245,34 @@ class ViT(nn.Module):
     def _mlp(self) -> Mlp:
         return Mlp(
             self.mlp_dim,
+            self.activation,
             use_bias=True,
             dropout=self.dropout,
             dtype=self.dtype,
             parent=None,
         )
+
+
+def attention_map(
+    model: nn.Module, variables: Mapping[str, Any], *inputs, layer: int = -1
+) -> Float[Array, "B N T S"]:
+    """Where each token of an encoder looks in one of its layers: weights that sum to 1.
+
+    `attention_map(model, {"params": params}, images)` is of the last layer. Tokens are in
+    the order of the embedding: class token, registers, patches row by row. For an
+    `Encoder` or `ViT` whose blocks are alike; those of all layers are made on the way.
+
+    Raises:
+      ValueError: there is no such layer, or the model has no stack of attention.
+    """
+    seen: Any = model.apply(variables, *inputs, method="encode", mutable=["maps"])[1]
+    found = seen.get("maps", {}).get("stack", {}).get("block", {}).get("attention", {})
+    if "weights" not in found:
+        raise ValueError(f"{type(model).__name__} has no stack of blocks with attention")
+    maps = found["weights"][0]
+    if not -len(maps) <= layer < len(maps):
+        raise ValueError(f"layer={layer} is not one of {len(maps)}; the last is -1")
+    return maps[layer]
 
 
 def flops(model: ViT, shape: tuple[int, int, int] = (224, 224, 3)) -> int:
@@ -248,9 +283,9 @@ def flops(model: ViT, shape: tuple[int, int, int] = (224, 224, 3)) -> int:
     Y, X, C = shape
     D, F = model.width, model.mlp_dim
     patches = (Y // model.patch) * (X // model.patch)
-    T = patches + model.registers + (model.pool == "cls")
+    T = patches + model.registers + (model.pool in ("cls", "tok"))
     layer = 4 * T * D * D + 2 * T * T * D + 2 * T * D * F
-    head = D * model.num_classes
+    head = (model.rep_size or D) * model.num_classes + D * model.rep_size
     if model.pool == "map":
         head += 2 * D * D + 2 * T * D * D + 2 * T * D + 2 * D * F
     return 2 * (patches * model.patch**2 * C * D + model.depth * layer + head)

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.layers.norm import LayerNorm
 from jaxformer.models import vit
-from jaxformer.models.vit import SIZES, ViT, flops, named
+from jaxformer.models.vit import SIZES, ViT, attention_map, flops, named
+from jaxformer.ops.activation import gelu_tanh
 
 # Parameters at 224 pixels, 1,000 classes, class token: what timm counts for the sizes it
 # has; M and So400m with the class token and head of the others.
@@ -66,6 +68,7 @@ VARIANTS = {
     "registers": {"registers": 2, "positions": "sincos"},
     "registers gap rotary": {"registers": 2, "pool": "gap", "positions": "rotary"},
     "qk-norm, layer scale": {"qk_norm": True, "layer_scale": 0.1},
+    "as big_vision": {"pool": "tok", "activation": gelu_tanh, "rep_size": 20},
 }
 
 
@@ -164,6 +167,59 @@ def test_parts_are_the_model(key):
     v = model.init(key, images)
     np.testing.assert_array_equal(model.apply(v, images), model.parts().apply(v, images))
     assert model.apply(v, images, method="features").shape == (2, 24)
+
+
+def test_the_class_token_of_tok_has_no_position():
+    cls, tok = (shapes(ViT(**TINY, pool=pool), 8)["embed"] for pool in ("cls", "tok"))
+    assert cls["cls"] == tok["cls"]
+    assert cls["position"]["embedding"].shape == (5, 24)
+    assert tok["position"]["embedding"].shape == (4, 24)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"registers": 2, "positions": "rotary", "qk_norm": True}], ids=str
+)
+def test_attention_maps_are_what_their_layer_does(options, key):
+    """They sum to 1, and the values that they weigh are what attention gives."""
+    model = ViT(**TINY, **options)
+    images = jax.random.normal(key, (2, 8, 12, 3))
+    params = nn.unbox(jax.jit(model.init)(key, images))["params"]
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(key, x.shape), params)
+    stack, variables = model.parts().stack, {"params": params}
+    tokens = model.parts().embed.apply({"params": params["embed"]}, images)
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["stack"]["block"]) for i in range(2)]
+    x = stack.block.apply({"params": layers[0]}, tokens.x, **tokens.block)
+    x = LayerNorm().apply({"params": layers[1]["attention_norm"]}, x)
+    own = layers[1]["attention"]
+    expected = stack.block.attention.apply({"params": own}, x, **tokens.block)
+
+    maps = jax.jit(attention_map, static_argnums=0)(model, variables, images)
+    assert maps.shape == (2, 3, x.shape[1], x.shape[1]) and maps.dtype == jnp.float32
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-6)
+    v = jnp.einsum("BSD,DNH->BSNH", x, own["value"]["kernel"])
+    v += own["value"]["bias"][None, None]
+    y = jnp.einsum("BNTS,BSNH,NHD->BTD", maps, v, own["out"]["kernel"])
+    y += own["out"]["bias"][None, None]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    first = attention_map(model, variables, images, layer=0)
+    assert abs(first - maps).max() > 1e-2
+    np.testing.assert_array_equal(first, attention_map(model, variables, images, layer=-2))
+
+
+def test_a_map_of_no_layer_is_told(key):
+    model = ViT(**TINY)
+    v = jax.jit(model.init)(key, jnp.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match="layer=2 is not one of 2; the last is -1"):
+        attention_map(model, v, jnp.zeros((1, 8, 8, 3)), layer=2)
+    with pytest.raises(ValueError, match="Bare has no stack of blocks with attention"):
+        attention_map(Bare(), {}, jnp.zeros((1, 8, 8, 3)))
+
+
+class Bare(nn.Module):
+    """Encodes without attention."""
+
+    def encode(self, images):
+        return images
 
 
 def test_an_image_of_other_channels_is_told():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxformer.ops.alibi import Alibi, alibi_slopes
-from jaxformer.ops.attention import attend, attend_lse, explain, max_logit
+from jaxformer.ops.attention import attend, attend_lse, explain, max_logit, weights
 from jaxformer.ops.mask import Causal, Mask, Prefix, Segments, Spans
 from jaxformer.ops.norm import Norm
 
@@ -122,6 +122,22 @@ def test_lengths_do_not_compile_anew(key):
     for n in range(4):
         run(Prefix(jnp.array([n, 7 - n])))
     assert len(compiled) == 1
+
+
+def test_weights_are_what_attend_weighs_by(key):
+    """In rows that sum to 1, or to 0 where nothing is seen; keys shared by heads."""
+    q, k, v = (
+        jax.random.normal(n, (2, 6, heads, 8))
+        for n, heads in zip(jax.random.split(key, 3), (4, 2, 2), strict=True)
+    )
+    mask = Causal() & Segments(jnp.array([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 0, 0]]))
+    turn = jax.random.normal(key, (1, 6, 4))
+    found = weights(q, k, mask=mask, angles=turn)
+    assert found.shape == (2, 4, 6, 6)
+    y = jnp.einsum("BNTS,BSNH->BTNH", found, jnp.repeat(v, 2, 2))
+    np.testing.assert_allclose(y, attend(q, k, v, mask=mask, angles=turn), atol=1e-5)
+    total = jnp.ones((2, 4, 6)).at[1, :, 4:].set(0)
+    np.testing.assert_allclose(found.sum(-1), total, atol=1e-6)
 
 
 def test_max_logit(key):

@@ -1,6 +1,6 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, mae, siglip, timm, vit
+from tests.parity import clip, dino, mae, siglip, swin, timm, vit
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
@@ -11,6 +11,7 @@ CASES: dict[str, Case] = {
         *siglip.CASES,
         *dino.CASES,
         *mae.CASES,
+        *swin.CASES,
         *timm.CASES,
     )
 }

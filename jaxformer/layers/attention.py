@@ -17,7 +17,8 @@ class Attention(nn.Module):
 
     Parameters are float32 and named after what they make: query, key, value, out.
     Projections run in `dtype`; norms, angles and the softmax run in float32. Where the
-    collection "stats" is mutable, it receives `max_logit` `[N]` for QK-clip, without `bias`.
+    collection "stats" is mutable, it receives `max_logit` `[N]` for QK-clip, without `bias`;
+    where "maps" is, it receives `weights` `[B, N, T, S]`, by which values are weighed.
     """
 
     num_heads: int
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         if self.is_mutable_collection("stats") and not self.is_initializing():
             self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **before))
         if self.is_mutable_collection("maps") and not self.is_initializing():
-            self.sow("maps", "weights", weights(q, k, mask=mask, **before))
+            self.sow("maps", "weights", weights(q, k, mask=mask, bias=bias, **before))
 
         y = attend(q, k, v, mask=mask, bias=bias, **before)
         return project("out", "BTNH,NHD->BTD", D=D)(y)

@@ -155,21 +155,23 @@ def max_logit(
 
 
 def weights(
-    q, k, *, mask: Mask | None = None, scale=None, norm=None, angles=None
+    q, k, *, mask: Mask | None = None, scale=None, bias=None, norm=None, angles=None
 ) -> Float[Array, "B N T S"]:
     """How much each query takes of each key, all of them at once: for pictures.
 
     The rows are float32 and sum to 1; one without keys is 0. Shapes and options as for
-    `attend`, whose result are the values that these weigh.
+    `attend`, whose result are the values that these weigh; `bias` is an array.
     """
     mask = Full() if mask is None else mask
-    check.shapes(q, k, k, mask, None, norm, angles)
+    check.shapes(q, k, k, mask, bias, norm, angles)
     (B, T, N, H), S = q.shape, k.shape[1]
     case = Case(*_sides(norm, angles), scale=_scale(scale, H))
     logits = dense.products(dense.prepare(case.q, q), dense.prepare(case.k, k), case)
-    seen = mask.visible(jnp.arange(T), jnp.arange(S), (T, S))[:, None, None]
+    logits = logits.reshape(B, N, T, S)
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    seen = mask.visible(jnp.arange(T), jnp.arange(S), (T, S))[:, None]
     found = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(logits.dtype).min))
-    return jnp.where(seen, found, 0).reshape(B, N, T, S)
+    return jnp.where(seen, found, 0)
 
 
 def _attend(q, k, v, *, impl, lse, **options):

@@ -132,10 +132,11 @@ def test_weights_are_what_attend_weighs_by(key):
     )
     mask = Causal() & Segments(jnp.array([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 0, 0]]))
     turn = jax.random.normal(key, (1, 6, 4))
-    found = weights(q, k, mask=mask, angles=turn)
+    options = {"mask": mask, "angles": turn, "bias": jax.random.normal(key, (1, 4, 6, 6))}
+    found = weights(q, k, **options)
     assert found.shape == (2, 4, 6, 6)
     y = jnp.einsum("BNTS,BSNH->BTNH", found, jnp.repeat(v, 2, 2))
-    np.testing.assert_allclose(y, attend(q, k, v, mask=mask, angles=turn), atol=1e-5)
+    np.testing.assert_allclose(y, attend(q, k, v, **options), atol=1e-5)
     total = jnp.ones((2, 4, 6)).at[1, :, 4:].set(0)
     np.testing.assert_allclose(found.sum(-1), total, atol=1e-6)
 

@@ -218,9 +218,7 @@ def ranks(
     return jnp.where(best == -jnp.inf, N, before).astype(jnp.int32)
 
 
-def recall(
-    rank: Int[Array, " B"], weight: Float[Array, " B"] | None = None
-) -> metrics.Metrics:
+def recall(rank: Int[Array, " B"], weight: Float[Array, " B"] | None = None) -> metrics.Metrics:
     """`@1`, `@5` and `@10`: how many queries found a right key among so many."""
     return {f"@{k}": metrics.within(rank, k, weight) for k in AT}
 

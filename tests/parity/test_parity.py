@@ -42,6 +42,7 @@ def test_outputs_and_gradients_are_the_originals(name):
     assert gradient_distance(grads, case.gradient_of_theirs(model)) <= GRADIENT_TOLERANCE
 
 
+@pytest.mark.slow  # Many compiles: the default suite has the outputs and gradients.
 @pytest.mark.parametrize(
     ("name", "fact"), [(c.name, fact) for c in CASES.values() for fact in c.mutations]
 )

@@ -4,7 +4,7 @@ Data: Latin, Greek and Cyrillic letters, signs and boxes of the fonts that matpl
 24 x 24 pixels, drawn on the fly; twelve DejaVu fonts to train on, four STIX fonts (another
 design) held out. No download.
 Model: a ViT (arXiv 2010.11929) with rotary positions, trained with Muon (arXiv 2502.16982).
-Expected: see "Measured" in the README. Command:
+Expected: about 80 % top-1 (36 % by nearest neighbours on pixels); see the README. Command:
     python -m train configs/vit_glyphs.py
 """
 
@@ -19,7 +19,7 @@ from jaxformer.optim import Cosine, Muon, NewtonSchulz
 
 
 def experiment() -> Experiment:
-    """Ten minutes on two CPU cores; every number of it can be overridden."""
+    """Eight CPU minutes; every number of it can be overridden."""
     normalize = Normalize(mean=0.126, std=0.296)
     return Experiment(
         model=ViT(
@@ -40,7 +40,7 @@ def experiment() -> Experiment:
         ),
         data=Pipeline(Glyphs("train"), (Affine(shift=2, degrees=8, scale=0.2), normalize)),
         evals={"test": Pipeline(Glyphs("test"), (normalize,))},
-        steps=1500,
+        steps=1000,
         ema=0.98,
         batch_size=128,
         keep=Keep(every=250, metric="test/top1"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, swin, timm, vit
+from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, swin, timm, video, vit
 from jaxformer.convert.engine import Family
 
 FAMILIES: dict[str, Family] = {
@@ -13,6 +13,8 @@ FAMILIES: dict[str, Family] = {
         vit.DEIT,
         mae.MAE,
         swin.SWIN,
+        video.VIVIT,
+        video.VIDEOMAE,
         siglip.SIGLIP,
         siglip.SIGLIP_VISION,
         siglip.SIGLIP_TEXT,

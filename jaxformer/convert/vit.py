@@ -49,6 +49,7 @@ def blocks(
     *,
     before: str = "",
     activation: str = "gelu",
+    epsilon: float = 1e-12,
     **attention,
 ) -> Stack:
     """The blocks that a config tells of, and those of many models beside ViT.
@@ -59,6 +60,7 @@ def blocks(
       size: what the config's class takes where the config says nothing.
       before: what stands before the names of sizes, such as "decoder_".
       activation: what the config's class takes.
+      epsilon: what the config's class takes.
       **attention: of `Attention`, in the place of what the config says of biases.
     """
     width, heads = f"{before}hidden_size", f"{before}num_attention_heads"
@@ -76,7 +78,7 @@ def blocks(
                 use_bias=True,
                 dtype=dtype,
             ),
-            epsilon=number(config, "layer_norm_eps", 1e-12),
+            epsilon=number(config, "layer_norm_eps", epsilon),
         ),
         number(config, f"{before}num_hidden_layers", size.depth),
     )

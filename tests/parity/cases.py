@@ -1,6 +1,6 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, mae, siglip, swin, timm, vit
+from tests.parity import clip, dino, mae, siglip, swin, timm, video, vit
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
@@ -12,6 +12,7 @@ CASES: dict[str, Case] = {
         *dino.CASES,
         *mae.CASES,
         *swin.CASES,
+        *video.CASES,
         *timm.CASES,
     )
 }

@@ -252,8 +252,8 @@ def _write(shard: jax.Array, part: jax.Array, starts: list) -> jax.Array:
     return jax.lax.dynamic_update_slice(shard, part, starts)
 
 
-# How a model is run, of which their config says nothing.
-_RUNNING = {"parent", "name", "dtype", "remat", "unroll", "dropout", "drop_path"}
+# How a model is run and what it checks, of which their config says nothing or more.
+_RUNNING = {"parent", "name", "dtype", "remat", "unroll", "dropout", "drop_path", "channels"}
 
 
 def is_told_by(config: Mapping[str, Any], family: Family, model: nn.Module) -> bool:

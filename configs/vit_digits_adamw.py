@@ -15,4 +15,4 @@ from jaxformer.optim import AdamW, Cosine
 def experiment() -> Experiment:
     """About two minutes on two CPU cores."""
     optimizer = AdamW(rate=Cosine(peak=4e-3, warmup=0.1), b2=0.95)
-    return dataclasses.replace(digits(), optimizer=optimizer, steps=1200)
+    return dataclasses.replace(digits(), optimizer=optimizer, steps=1500)

@@ -36,6 +36,7 @@ ACTIVATIONS = {
     "N": "act_heads",
     "K": "act_heads",
     "F": "act_mlp",
+    "V": "act_vocab",
     "E": "expert",
 }
 MESH_AXES = ("data", "fsdp", "tensor", "seq", "expert")
@@ -55,6 +56,7 @@ FSDP_TENSOR: Rules = (
     ("seq", "seq"),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
+    ("act_vocab", "tensor"),
 )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.ops.activation import gelu
+from jaxformer.ops.mask import Mask
 from jaxformer.ops.primitive import NAMES
 from jaxformer.sharding import constrain, partitioned
 
@@ -26,6 +27,9 @@ POLICIES = {
         jax.checkpoint_policies.save_only_these_names(*NAMES),
     ),
 }
+
+# What layers may hold or leave behind, each layer its own.
+COLLECTIONS = ("params", "stats", "maps", "cache", "prefix", "losses")
 
 
 class Mlp(nn.Module):
@@ -91,22 +95,101 @@ class Block(nn.Module):
         drop_path_rate: float | Float[Array, ""] | None = None,
         **inputs,
     ) -> Float[Array, "B T D"]:
-        def norm(name: str) -> nn.Module:
-            return self.norm(epsilon=self.epsilon, name=name)
-
-        def branch(y: Array, name: str) -> Array:
-            if self.layer_scale is not None:
-                y = LayerScale(self.layer_scale, name=f"{name}_scale")(y)
-            y = nn.Dropout(self.dropout, deterministic=not train)(y)
-            if train and drop_path_rate is not None:
-                y = drop_path(y, drop_path_rate, self.make_rng("dropout"))
-            return y
-
+        options = {"train": train, "drop_path_rate": drop_path_rate}
         x = constrain(x, "BTD")
-        y = self.attention(norm("attention_norm")(x), **inputs)
-        x += branch(y, "attention")
-        y = self.mlp(norm("mlp_norm")(x), train=train)
-        return constrain(x + branch(y, "mlp"), "BTD")
+        y = self.attention(self.normed(x, "attention_norm"), **inputs)
+        x += self.branch(y, "attention", **options)
+        y = self.mlp(self.normed(x, "mlp_norm"), train=train)
+        return constrain(x + self.branch(y, "mlp", **options), "BTD")
+
+    def normed(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
+        """A norm of the block's own kind."""
+        return self.norm(epsilon=self.epsilon, name=name)(x)
+
+    def branch(self, y, name: str, *, train: bool, drop_path_rate) -> Float[Array, "B T D"]:
+        """What a branch gives, as it is added: scaled, or dropped in training."""
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name=f"{name}_scale")(y)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        if train and drop_path_rate is not None:
+            y = drop_path(y, drop_path_rate, self.make_rng("dropout"))
+        return y
+
+
+class PostBlock(Block):
+    """Post-norm: the sum is normalised. Source: Vaswani et al. 2017, arXiv 1706.03762."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, drop_path_rate=None, **inputs):
+        options = {"train": train, "drop_path_rate": drop_path_rate}
+        x = constrain(x, "BTD")
+        y = self.branch(self.attention(x, **inputs), "attention", **options)
+        x = self.normed(x + y, "attention_norm")
+        y = self.branch(self.mlp(x, train=train), "mlp", **options)
+        return constrain(self.normed(x + y, "mlp_norm"), "BTD")
+
+
+class SandwichBlock(Block):
+    """Norms before and after each branch. Source: Gemma 2, arXiv 2408.00118."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, drop_path_rate=None, **inputs):
+        options = {"train": train, "drop_path_rate": drop_path_rate}
+        x = constrain(x, "BTD")
+        y = self.attention(self.normed(x, "attention_norm"), **inputs)
+        x += self.branch(self.normed(y, "attention_post_norm"), "attention", **options)
+        y = self.mlp(self.normed(x, "mlp_norm"), train=train)
+        y = self.branch(self.normed(y, "mlp_post_norm"), "mlp", **options)
+        return constrain(x + y, "BTD")
+
+
+class CrossBlock(Block):
+    """A block that looks at a `context` `[B, S, C]` too, between attention and MLP: the
+    decoder of an encoder-decoder. `context_mask` says which of it a token sees.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762; pre-norm as in T5 and Whisper.
+    """
+
+    cross: nn.Module | None = None  # Attention; required.
+
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        *,
+        context: Float[Array, "B S C"],
+        context_mask: Mask | None = None,
+        train=False,
+        drop_path_rate=None,
+        **inputs,
+    ):
+        if self.cross is None:
+            raise ValueError(
+                "CrossBlock needs cross=Attention(...), which looks at the context"
+            )
+        options = {"train": train, "drop_path_rate": drop_path_rate}
+        x = constrain(x, "BTD")
+        y = self.attention(self.normed(x, "attention_norm"), **inputs)
+        x += self.branch(y, "attention", **options)
+        y = self.cross(self.normed(x, "cross_norm"), context, mask=context_mask)
+        x += self.branch(y, "cross", **options)
+        y = self.mlp(self.normed(x, "mlp_norm"), train=train)
+        return constrain(x + self.branch(y, "mlp", **options), "BTD")
+
+
+class Chain(nn.Module):
+    """Blocks, or stacks of them, one after the other.
+
+    `Stack(Chain((local, local, everywhere)), 4)` are twelve layers of which each third is
+    `everywhere`; `Chain((Stack(dense, 1), Stack(sparse, 27)))` begins with a dense one.
+    """
+
+    parts: tuple[nn.Module, ...]
+
+    def __call__(self, x: Float[Array, "B T D"], **inputs) -> Float[Array, "B T D"]:
+        for part in self.parts:
+            x = part(x, **inputs)
+        return x
 
 
 class Stack(nn.Module):
@@ -142,7 +225,7 @@ class Stack(nn.Module):
             body = nn.remat(body, prevent_cse=False, policy=POLICIES[self.remat])
         layers = nn.scan(
             body,
-            variable_axes={"params": 0, "stats": 0, "maps": 0},
+            variable_axes=dict.fromkeys(COLLECTIONS, 0),
             split_rngs={"params": True, "dropout": True},
             length=self.depth,
             unroll=self.unroll,

@@ -41,3 +41,13 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.weights(x.shape[-1])(x)
+
+
+class OneRMSNorm(RMSNorm):
+    """RMSNorm whose weight is what its scale has more than 1. Source: Gemma's code."""
+
+    @nn.compact
+    def weights(self, size: int) -> Norm:
+        """The norm of an axis of `size` as data, for who applies it elsewhere."""
+        zeros = partitioned(nn.initializers.zeros, self.letters)
+        return Norm(1 + self.param("scale", zeros, (size,)), None, self.epsilon)

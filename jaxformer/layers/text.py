@@ -1,4 +1,4 @@
-"""Rows of token ids as vectors, and one vector of each row."""
+"""Rows of token ids as vectors, where they stand, and one vector of each row."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.layers.embed import Embedding, Tokens
 from jaxformer.ops.mask import Causal, Segments
-from jaxformer.sharding import constrain
+from jaxformer.ops.rotary import angles
+from jaxformer.sharding import constrain, partitioned
 
 
 class TokenEmbed(nn.Module):
@@ -47,6 +48,57 @@ class TokenEmbed(nn.Module):
             keys = Segments(jnp.ones_like(tokens), real.astype(tokens.dtype))
             mask = keys if mask is None else mask & keys
         return Tokens(constrain(x, "BTD"), {"mask": mask}, {"tokens": tokens})
+
+
+class TokenTable(nn.Module):
+    """A vector for each token id; the same table makes logits of vectors, where it is tied.
+
+    Vectors are multiplied by `scale` on their way in (Gemma: the root of the width).
+    """
+
+    vocab: int
+    width: int
+    scale: float = 1.0
+    dtype: DTypeLike = jnp.bfloat16
+
+    def setup(self):
+        init = partitioned(nn.initializers.normal(0.02), "VD")
+        self.embedding = self.param("embedding", init, (self.vocab, self.width))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.embedding[tokens].astype(self.dtype)
+        return x if self.scale == 1 else x * jnp.asarray(self.scale, self.dtype)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Products with every row of the table, summed in float32."""
+        table = self.embedding.astype(self.dtype)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each of `length` positions. Source: GPT-2."""
+
+    length: int
+    width: int
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = Embedding(self.width, name="position")(self.length)
+        return table[jnp.maximum(positions, 0)]
+
+
+class Sinusoids(nn.Module):
+    """Sines and cosines in turn, of wave lengths from 2 pi to 10,000 times that.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762.
+    """
+
+    width: int
+
+    def __call__(self, positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        turns = angles(positions, self.width)
+        pairs = jnp.stack([jnp.sin(turns), jnp.cos(turns)], -1)
+        return pairs.reshape(*positions.shape, self.width)
 
 
 class AtEnd(nn.Module):

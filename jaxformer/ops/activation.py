@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 silu = jax.nn.silu
+relu = jax.nn.relu
 
 
 def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -21,3 +22,8 @@ def gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """`x * sigmoid(1.702 x)`, the GELU of the first CLIP. Source: Hendrycks and Gimpel 2016."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def mish(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`x * tanh(softplus(x))`. Source: Misra 2019, arXiv 1908.08681."""
+    return x * jax.numpy.tanh(jax.nn.softplus(x))

@@ -295,3 +295,29 @@ def _at_most_two(found: Sequence[sets.Interval], mask: And | Or) -> Sequence[set
             f"a kernel at most {sets.MOST}"
         )
     return found
+
+
+class Positions(Mask):
+    """Causal by positions that are data, for keys in any order: what a cache holds.
+
+    A query sees the keys of its own position and of those before it, not farther than
+    `window - 1` where there is a window. A key of position -1 is none; neither sees a
+    query of position -1 anything. Shapes: `q` `[#B, T]`, `k` `[#B, S]`.
+    """
+
+    q: Int[Array, "#B T"]
+    k: Int[Array, "#B S"]
+    window: int | None = struct.field(pytree_node=False, default=None)
+
+    def visible(self, q, k, lengths):
+        mine, theirs = self.q[:, q, None], self.k[:, None, k]
+        seen = (theirs >= 0) & (theirs <= mine)
+        return seen if self.window is None else seen & (theirs > mine - self.window)
+
+    def check(self, T, S):
+        for name, positions, length in (("q", self.q, T), ("k", self.k, S)):
+            if positions.shape[-1] != length:
+                raise ValueError(
+                    f"Positions.{name} has shape {positions.shape} and must have {length} "
+                    "columns, one for each token"
+                )

@@ -1,0 +1,145 @@
+"""What attention keeps of the tokens it has seen, so that it need not see them again.
+
+A cache is the collection "cache" of a model: a tree with one `KV` for each attention, of
+static shape. `empty` makes it; `model.apply({"params": params, "cache": cache}, tokens,
+positions=positions, mutable=["cache"])` gives the result and the cache with these tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxformer.ops.attention import attend_lse
+from jaxformer.ops.mask import Positions
+
+
+class KV(struct.PyTreeNode):
+    """Keys and values of one attention, as they are after norm and rotation.
+
+    A token lies in the slot of its position, modulo the number of slots where there is a
+    `window`: a ring, which needs no more slots than the window has. A slot of position -1
+    is empty. What comes at position -1 or beyond the last slot is left out. A stack of
+    layers has a leading axis of layers in each.
+    """
+
+    k: Any  # [B, S, K, H], or the same by shape.
+    v: Any
+    positions: Any  # [B, S], int32.
+    window: int | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def slots(self) -> int:
+        """How many tokens it has room for."""
+        return self.k.shape[-3]
+
+    def write(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Int[Array, "B T"]
+    ) -> KV:
+        """With the keys and values of tokens at positions `at`, the last ones of a ring."""
+        S = self.slots
+        slot = jnp.where(at < 0, S, at)
+        if self.window is not None:
+            last = at.max(1, keepdims=True)
+            slot = jnp.where((at < 0) | (at <= last - S), S, at % S)
+        row = jnp.arange(len(at))[:, None]
+
+        def put(kept: Array, new: Array) -> Array:
+            return kept.at[row, slot].set(new.astype(kept.dtype), mode="drop")
+
+        return self.replace(
+            k=put(self.k, k), v=put(self.v, v), positions=put(self.positions, at)
+        )
+
+    def beside(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Int[Array, "B T"]
+    ) -> KV:
+        """The same tokens after those of the cache, for one look at all of them."""
+        pairs = ((self.k, k), (self.v, v), (self.positions, at))
+        k, v, positions = (jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
+        return self.replace(k=k, v=v, positions=positions)
+
+    def look(
+        self, q: Float[Array, "B T N H"], at: Int[Array, "B T"], *, slopes=None, **options
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+        """Attention of queries at positions `at` to what is kept, and its logsumexp.
+
+        A cache of one row serves any number of rows of queries: a prefix that they share.
+        `slopes` are those of ALiBi, `options` those of `attend`.
+        """
+        B, T, N, H = q.shape
+        shared = len(self.k) == 1 and B > 1
+        if shared:
+            q, at = q.reshape(1, B * T, N, H), at.reshape(1, B * T)
+        mask = Positions(at, self.positions, self.window)
+        k, v = self.k.astype(q.dtype), self.v.astype(q.dtype)
+        if slopes is not None:
+            apart = jnp.abs(at[:, None, :, None] - self.positions[:, None, None, :])
+            options["bias"] = -jnp.asarray(slopes)[None, :, None, None] * apart
+        y, lse = attend_lse(q, k, v, mask=mask, **options)
+        if shared:
+            y, lse = y.reshape(B, T, N, H), lse.reshape(N, B, T).swapaxes(0, 1)
+        return y, lse
+
+
+def join(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Attention to several sets of keys, from that to each: outputs and logsumexps."""
+    (y, lse), *rest = parts
+    for other, other_lse in rest:
+        both = jnp.logaddexp(lse, other_lse)
+        safe = jnp.where(jnp.isneginf(both), 0, both)
+        weights = (jnp.exp(x - safe).swapaxes(1, 2)[..., None] for x in (lse, other_lse))
+        mine, theirs = (w.astype(y.dtype) for w in weights)
+        y, lse = mine * y + theirs * other, both
+    return y, lse
+
+
+def empty(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batch: int,
+    length: int,
+    *,
+    spare: int = 0,
+) -> Any:
+    """A cache of a model without a token in it: the collection "cache".
+
+    Args:
+      model: called with tokens `[B, T]` and `positions=`, such as `decoder.LanguageModel`.
+      variables: `{"params": params}`, or the same by shape.
+      batch: rows.
+      length: the greatest number of tokens in a row, prompt and all.
+      spare: so many more slots than its window a ring has: as many tokens as one takes
+        back again after they were written (those that speculative decoding rejects).
+    """
+
+    def run(variables):
+        tokens = jnp.zeros((batch, length), jnp.int32)
+        at = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
+        return model.apply(variables, tokens, positions=at, mutable=["cache"])[1]["cache"]
+
+    seen: Any = nn.unbox(jax.eval_shape(run, variables))
+
+    def blank(kv: KV) -> KV:
+        S = length if kv.window is None else min(length, kv.window + spare)
+        *lead, _, K, H = kv.k.shape
+        zeros = jnp.zeros((*lead, S, K, H), kv.k.dtype)
+        return kv.replace(k=zeros, v=zeros, positions=jnp.full((*lead, S), -1, jnp.int32))
+
+    return jax.tree.map(blank, seen, is_leaf=lambda x: isinstance(x, KV))
+
+
+def slots(cache: Any) -> int:
+    """The greatest position that a cache has room for, and one; rings have no end.
+
+    The number is that of the rings' slots where there is nothing else.
+    """
+    every = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, KV))
+    whole = [kv.slots for kv in every if kv.window is None]
+    return min(whole) if whole else max(kv.slots for kv in every)

@@ -31,6 +31,17 @@ class Experts:
     renormalise: bool = True
 
 
+class Kernels(nn.Module):
+    """A kernel for each expert, `[E, inputs, outputs]`."""
+
+    letters: str
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, int, int]) -> Float[Array, "E I O"]:
+        init = fan_in(1.0, "fan_in", "truncated_normal", 1, 2, batch_axis=(0,))
+        return self.param("kernel", partitioned(init, self.letters), shape)
+
+
 class Moe(nn.Module):
     """A gated MLP of `width` a token, of which there are `experts.count`."""
 
@@ -49,14 +60,10 @@ class Moe(nn.Module):
         if self.experts.renormalise:
             weight /= weight.sum(-1, keepdims=True)
 
-        init = fan_in(1.0, "fan_in", "truncated_normal", 1, 2, batch_axis=(0,))
-
-        def kernel(name: str, letters: str, shape: tuple[int, ...]) -> Array:
-            found = self.param(f"{name}_kernel", partitioned(init, letters), shape)
-            return found.astype(self.dtype)
-
-        gate, up = (kernel(name, "EDF", (E, D, F)) for name in ("gate", "up"))
-        down = kernel("down", "EFD", (E, F, D))
+        gate, up = (
+            Kernels("EDF", name=name)((E, D, F)).astype(self.dtype) for name in ("gate", "up")
+        )
+        down = Kernels("EFD", name="down")((E, F, D)).astype(self.dtype)
         x = x.astype(self.dtype)
         h = self.activation(jnp.einsum("BTD,EDF->EBTF", x, gate))
         h *= jnp.einsum("BTD,EDF->EBTF", x, up)

@@ -106,7 +106,7 @@ def test_a_prefix_is_shared_by_what_goes_on_from_it(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_token_looks_ahead(name):
-    model, tokens, params, _ = case(name)
+    model, _, params, _ = case(name)
     table = jax.random.normal(jax.random.key(3), (3, 12, 16))
 
     @jax.jit
@@ -137,6 +137,6 @@ def test_a_window_as_wide_as_the_text_is_none():
 
 
 def test_longer_texts_than_the_model_are_refused():
-    model, tokens, params, _ = case("llama")
+    model, _, params, _ = case("llama")
     with pytest.raises(ValueError, match=r"17 tokens are more than the model's length=16"):
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))

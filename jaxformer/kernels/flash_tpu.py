@@ -21,7 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxformer.kernels import parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
-from jaxformer.kernels.flash_tpu_tile import load_keys, load_queries, load_values, logits, sweep
+from jaxformer.kernels.flash_tpu_tile import (
+    by_rows,
+    clear_tail,
+    lay_apart,
+    logits,
+    prepared,
+    sweep,
+)
 from jaxformer.kernels.lanes import Lanes, sides
 
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
@@ -80,6 +87,10 @@ class Step:
         return self.masked and self.spans is None
 
     @property
+    def windows(self) -> int:
+        return self.lanes.K // self.lanes.heads
+
+    @property
     def blocks(self) -> int:
         return pl.cdiv(self.T, self.tile.queries)
 
@@ -104,7 +115,7 @@ def _forward(q, k, v, case, *, interpret):
         pl.BlockSpec((1, 1, lanes.N, step.tile.queries), lambda b, g, i: (b, g, 0, i)),
     )
     scratch = [
-        pltpu.VMEM((lanes.K // lanes.heads, step.rows, lanes.width), k.dtype),
+        pltpu.VMEM((step.windows, step.rows, lanes.width), k.dtype),
         pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
         pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
         pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
@@ -228,18 +239,32 @@ def _side_spec(x, rows, moves):
 
 
 def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case, step):
-    lanes = step.lanes
+    lanes, H = step.lanes, step.lanes.H
     place = pl.program_id(1), pl.program_id(2)  # Not to be asked for inside of a loop.
 
     def keys():
-        load_keys(refs, k_scr, case, step)
-        load_values(refs["v"][0], vt_scr, step)
+        clear_tail(k_scr, step, axis=1)
+        clear_tail(vt_scr, step, axis=2)
+        vt_scr[:, H:] = jnp.ones_like(vt_scr[:, H:])
+        by_rows(some_keys, step.S, step.windows, step)
+
+    def some_keys(start, size):
+        rows = pl.ds(start, size)
+        for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
+            k_scr[u, rows] = w
+        vt = refs["v"][0, rows].T
+        for j in range(lanes.K):
+            vt_scr[j, :H, rows] = vt[j * H : (j + 1) * H]
+
+    def some_queries(start, size):
+        rows = pl.ds(start, size)
+        lay_apart(lanes, prepared(lanes, refs, "q", case.q, rows), q_scr, rows)
 
     if step.blocks > 1:
         pl.when(place[1] == 0)(keys)
     else:
         keys()
-    load_queries(refs, q_scr, case, step)
+    by_rows(some_queries, step.tile.queries, lanes.N, step)
 
     def scores(chain, tile, bounds):
         (head, chunk), (start, size) = chain, tile
@@ -262,20 +287,25 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         return new, acc
 
     def start():
-        acc = jnp.zeros((lanes.H + ONES, step.tile.chunk), jnp.float32)
+        acc = jnp.zeros((H + ONES, step.tile.chunk), jnp.float32)
         return jnp.full((1, step.tile.chunk), LOW), acc
 
     def finish(state, chain):
         (top, acc), (head, chunk) = state, chain
-        total = acc[lanes.H : lanes.H + 1]
+        total = acc[H : H + 1]
         some = total > 0
         safe = jnp.where(some, total, 1.0)
-        rows = pl.ds(head * lanes.H, lanes.H)
-        ot_scr[rows, pl.ds(chunk, step.tile.chunk)] = acc[: lanes.H] * (1 / safe)
+        rows = pl.ds(head * H, H)
+        ot_scr[rows, pl.ds(chunk, step.tile.chunk)] = acc[:H] * (1 / safe)
         lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
         lse_scr[head, :, pl.ds(chunk, step.tile.chunk)] = lse
 
     sweep(refs, step, start, scores, absorb, finish)
-    o_ref[0] = ot_scr[...].T.astype(o_ref.dtype)
+
+    def write(start, size):
+        rows = pl.ds(start, size)
+        o_ref[0, rows] = ot_scr[:, rows].T.astype(o_ref.dtype)
+
+    by_rows(write, step.tile.queries, lanes.N, step)
     for h in range(lanes.N):
         lse_ref[0, 0, h : h + 1] = lse_scr[h]

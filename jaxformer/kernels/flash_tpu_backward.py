@@ -20,11 +20,11 @@ from jaxformer.kernels.arithmetic import LOG2E
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOW
 from jaxformer.kernels.flash_tpu_tile import (
-    lay_keys,
-    lay_queries,
-    load_keys,
-    load_queries,
+    by_rows,
+    clear_tail,
+    lay_apart,
     logits,
+    prepared,
     read_side,
     sweep,
 )
@@ -81,7 +81,7 @@ def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
         out_specs["bias"] = pl.BlockSpec(
             (1, lanes.N, step.tile.queries, step.rows), lambda b, g, i: (b, g, i, 0)
         )
-    windows = (lanes.K // lanes.heads, step.rows, lanes.width)
+    windows = (step.windows, step.rows, lanes.width)
     scratch = {
         "k": pltpu.VMEM(windows, k.dtype),
         "kt": pltpu.VMEM((lanes.K, H, step.rows), k.dtype),
@@ -135,9 +135,8 @@ def _kernel(refs, out, scr, *, case, step):
     def at(block, do):
         do() if step.blocks == 1 else pl.when(place[1] == block)(do)
 
-    at(0, lambda: _load(refs, out, scr, case, step))
-    load_queries(refs, scr["q"], case, step)
-    _load_gradient(refs, scr, place[1], step)
+    at(0, lambda: _load_keys(refs, out, scr, case, step))
+    _load_queries(refs, scr, place[1], case, step)
     if "bias" in out and step.masked:
         out["bias"][...] = jnp.zeros_like(out["bias"])  # Not every tile is visited.
 
@@ -177,81 +176,113 @@ def _kernel(refs, out, scr, *, case, step):
         scr["dqt"][rows, pl.ds(chunk, step.tile.chunk)] = dqt * case.scale
 
     sweep(refs, step, start, scores, absorb, finish)
-    dq = scr["dqt"][...].T
-    if case.q.plain:
-        out["q"][0] = dq.astype(out["q"].dtype)
-    else:
-        _unprepare(refs, out, "q", lanes.split(dq), case.q, step, place[1])
+
+    def write(start, size):
+        dq = scr["dqt"][:, pl.ds(start, size)].T
+        if case.q.plain:
+            out["q"][0, pl.ds(start, size)] = dq.astype(out["q"].dtype)
+        else:
+            rest = _rest(place[1], start, step)
+            _unprepare(refs, out, "q", lanes.split(dq), case.q, lanes, start, size, rest)
+
+    by_rows(write, step.tile.queries, lanes.N, step)
     at(step.blocks - 1, lambda: _store(refs, out, scr, case, step))
 
 
-def _load(refs, out, scr, case, step):
+def _rest(block, start, step):
+    """How many rows from `start` in a block are queries; the others hold anything."""
+    uneven = step.T % step.tile.queries > 0
+    return step.T - block * step.tile.queries - start if uneven else None
+
+
+def _load_keys(refs, out, scr, case, step):
     """Lays out keys and values, and clears what grows."""
     lanes, H = step.lanes, step.lanes.H
-    load_keys(refs, scr["k"], case, step)
-    lay_keys(lanes.split(refs["v"].at[0]), scr["v"], step)
-    for u in range(lanes.K // lanes.heads):
-        kt = scr["k"][u].T
-        for slot in range(lanes.heads):
-            scr["kt"][u * lanes.heads + slot] = kt[slot * H : (slot + 1) * H]
-    for name in ("dk", "dv"):
-        scr[name][...] = jnp.zeros_like(scr[name])
+
+    def some(start, size):
+        rows = pl.ds(start, size)
+        for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
+            scr["k"][u, rows] = w
+        for u, w in enumerate(lanes.split(refs["v"].at[0, rows])):
+            scr["v"][u, rows] = w
+        for u in range(step.windows):
+            kt = scr["k"][u, rows].T
+            for slot in range(lanes.heads):
+                scr["kt"][u * lanes.heads + slot, :, rows] = kt[slot * H : (slot + 1) * H]
+        for name in ("dk", "dv"):
+            scr[name][:, rows] = jnp.zeros_like(scr[name][:, rows])
+
+    for name in ("k", "v", "dk", "dv"):
+        clear_tail(scr[name], step, axis=1)
+    clear_tail(scr["kt"], step, axis=2)
+    by_rows(some, step.S, step.windows, step)
     for name in ("q_norm", "k_norm"):
         if name in out:
             out[name][...] = jnp.zeros_like(out[name])
 
 
-def _load_gradient(refs, scr, block, step):
-    """Lays out d_out, and makes the rows `lse` (in base 2) and `delta` of each query."""
+def _load_queries(refs, scr, block, case, step):
+    """Lays out q and d_out, and makes the rows `lse` (in base 2) and `delta` of each query."""
     lanes, H = step.lanes, step.lanes.H
-    rest = step.T - block * step.tile.queries  # Queries there are; the others hold anything.
-    uneven = step.T % step.tile.queries > 0
-    g, y = refs["d_out"][0], refs["out"][0]
-    if uneven:
-        row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest
-        g = jnp.where(row, g, jnp.zeros_like(g))
+
+    def some(start, size):
+        rows, rest = pl.ds(start, size), _rest(block, start, step)
+        lay_apart(lanes, prepared(lanes, refs, "q", case.q, rows), scr["q"], rows)
+        g, y = refs["d_out"][0, rows], refs["out"][0, rows]
+        if rest is not None:
+            row = lax.broadcasted_iota(jnp.int32, (size, 1), 0) < rest
+            g = jnp.where(row, g, jnp.zeros_like(g))
+            for h in range(lanes.N):
+                q = scr["q"][h, rows]
+                scr["q"][h, rows] = jnp.where(row, q, jnp.zeros_like(q))
+        lay_apart(lanes, lanes.split(g), scr["d_out"], rows)
+        lse = refs["lse"][0, 0, :, rows] * LOG2E
+        seen = lse > -jnp.inf  # Rows with keys.
+        lse = jnp.where(seen, lse, 0.0)
+        delta = (g.astype(jnp.float32) * y.astype(jnp.float32)).T
         for h in range(lanes.N):
-            scr["q"][h] = jnp.where(row, scr["q"][h], jnp.zeros_like(scr["q"][h]))
-    lay_queries(lanes.split(g), scr["d_out"], lanes)
-    lse = refs["lse"][0, 0] * LOG2E
-    some = lse > -jnp.inf  # Rows with keys.
-    lse = jnp.where(some, lse, 0.0)
-    delta = (g.astype(jnp.float32) * y.astype(jnp.float32)).T
-    for h in range(lanes.N):
-        d = delta[h * H : (h + 1) * H].sum(0, keepdims=True)
-        if "d_lse" in refs:
-            d -= jnp.where(some[h : h + 1], refs["d_lse"][0, 0, h : h + 1], 0.0)
-        l = lse[h : h + 1]
-        if uneven:
-            column = lax.broadcasted_iota(jnp.int32, (1, step.tile.queries), 1) < rest
-            d, l = jnp.where(column, d, 0.0), jnp.where(column, l, -LOW)
-        scr["stats"][h, 0:1], scr["stats"][h, 1:2] = l, d
+            d = delta[h * H : (h + 1) * H].sum(0, keepdims=True)
+            if "d_lse" in refs:
+                d -= jnp.where(seen[h : h + 1], refs["d_lse"][0, 0, h : h + 1, rows], 0.0)
+            l = lse[h : h + 1]
+            if rest is not None:
+                column = lax.broadcasted_iota(jnp.int32, (1, size), 1) < rest
+                d, l = jnp.where(column, d, 0.0), jnp.where(column, l, -LOW)
+            scr["stats"][h, 0:1, rows], scr["stats"][h, 1:2, rows] = l, d
+
+    by_rows(some, step.tile.queries, lanes.N, step)
 
 
 def _store(refs, out, scr, case, step):
     """Writes the gradients of keys and values, whole by now."""
-    lanes, S = step.lanes, step.S
-    count = lanes.K // lanes.heads
-    windows = (scr["dk"][u, :S] * case.scale for u in range(count))
-    if case.k.plain:
-        lanes.store(out["k"], windows)
-    else:
-        _unprepare(refs, out, "k", windows, case.k, step, None)
-    lanes.store(out["v"], (scr["dv"][u, :S] for u in range(count)))
+    lanes = step.lanes
+
+    def some(start, size):
+        rows = pl.ds(start, size)
+        windows = (scr["dk"][u, rows] * case.scale for u in range(step.windows))
+        if case.k.plain:
+            lanes.store(out["k"].at[0, rows], windows)
+        else:
+            _unprepare(refs, out, "k", windows, case.k, lanes, start, size, None)
+        lanes.store(out["v"].at[0, rows], (scr["dv"][u, rows] for u in range(step.windows)))
+
+    by_rows(some, step.S, step.windows, step)
 
 
-def _unprepare(refs, out, name, windows, side, step, block):
-    """Takes gradients back through rotation and norm, and sums those of its weights."""
-    lanes, row = step.lanes, None
-    read = read_side(refs["sides"][name])
-    if block is not None and step.T % step.tile.queries:
-        rest = step.T - block * step.tile.queries  # The other rows hold anything.
-        row = lax.broadcasted_iota(jnp.int32, (step.tile.queries, 1), 0) < rest
+def _unprepare(refs, out, name, windows, side, lanes, start, size, rest):
+    """Takes gradients back through rotation and norm, and sums those of its weights.
+
+    Of `size` rows from `start`, of which the first `rest` count; None: all.
+    """
+    rows, row = pl.ds(start, size), None
+    read = read_side(refs["sides"][name], rows)
+    if rest is not None:
+        row = lax.broadcasted_iota(jnp.int32, (size, 1), 0) < rest
         angles = {n: jnp.where(row, x, 0.0) for n, x in read.items() if n in ("cos", "sin")}
         read |= angles
 
     def each():
-        for g, x in zip(windows, lanes.split(refs[name].at[0]), strict=True):
+        for g, x in zip(windows, lanes.split(refs[name].at[0, rows]), strict=True):
             x = x.astype(jnp.float32)
             if row is not None:
                 x, g = jnp.where(row, x, 0.0), jnp.where(row, g, 0.0)
@@ -261,4 +292,4 @@ def _unprepare(refs, out, name, windows, side, step, block):
                 out[f"{name}_norm"][0, 0, 1:2] += d_shift
             yield g
 
-    lanes.store(out[name], each())
+    lanes.store(out[name].at[0, rows], each())

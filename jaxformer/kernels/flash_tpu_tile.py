@@ -8,57 +8,51 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.arithmetic import LOG2E
+from jaxformer.kernels.lanes import LANES
 
 
-def read_side(refs) -> dict[str, Array]:
+def by_rows(do, total, windows, step):
+    """`do(start, size)` over the rows of some windows: at once, or a part after the other."""
+    size, most = total, step.tile.written
+    if total * windows > most:
+        size = min(total, max(LANES, most // windows // LANES * LANES))
+    loops, rest = divmod(total, size)
+    if loops == 1:
+        do(0, size)
+    else:
+        lax.fori_loop(0, loops, lambda n, _: do(pl.multiple_of(n * size, size), size) or _, 0)
+    if rest:
+        do(loops * size, rest)
+
+
+def read_side(refs, rows) -> dict[str, Array]:
     """The weights and angles of one side, out of their blocks."""
-    return {name: ref[0] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
+    return {name: ref[0, rows] if ref.ndim == 3 else ref[...] for name, ref in refs.items()}
 
 
-def prepared(lanes, ref, refs, side):
-    """Windows of queries or keys one by one, normalised and rotated in float32."""
-    read = read_side(refs)
-    for w in lanes.split(ref.at[0]):
+def prepared(lanes, refs, name, side, rows):
+    """Windows of some queries or keys one by one, normalised and rotated in float32."""
+    read = read_side(refs["sides"][name], rows)
+    for w in lanes.split(refs[name].at[0, rows]):
         if side.plain:
             yield w
         else:
             yield lanes.prepare(w.astype(jnp.float32), read, side).astype(w.dtype)
 
 
-def lay_keys(windows, scr, step):
-    """Lays windows of keys or values into scratch; where there is no key, they are 0."""
-    for u, w in enumerate(windows):
-        if step.rows > step.S:
-            scr[u, step.S // 16 * 16 :] = jnp.zeros_like(scr[u, step.S // 16 * 16 :])
-        scr[u, : step.S] = w
-
-
-def lay_queries(windows, scr, lanes):
+def lay_apart(lanes, windows, scr, rows):
     """Lays windows of queries into scratch: one a head, the others' lanes 0."""
     for u, w in enumerate(windows):
         for h in range(u * lanes.heads, (u + 1) * lanes.heads):
-            scr[h] = lanes.only(w, h)
+            scr[h, rows] = lanes.only(w, h)
 
 
-def load_keys(refs, scr, case, step):
-    """Prepares the keys of a step, once for all blocks of queries."""
-    lay_keys(prepared(step.lanes, refs["k"], refs["sides"]["k"], case.k), scr, step)
-
-
-def load_queries(refs, scr, case, step):
-    """Prepares a block of queries."""
-    lay_queries(prepared(step.lanes, refs["q"], refs["sides"]["q"], case.q), scr, step.lanes)
-
-
-def load_values(v, vt_scr, step):
-    """Transposes the values of a step, with rows of ones below; without a key, they are 0."""
-    H, S = step.lanes.H, step.S
-    vt = v.T
-    for j in range(step.lanes.K):
-        if step.rows > S:
-            vt_scr[j, :H, S // 128 * 128 :] = jnp.zeros_like(vt_scr[j, :H, S // 128 * 128 :])
-        vt_scr[j, :H, :S] = vt[j * H : (j + 1) * H]
-        vt_scr[j, H:] = jnp.ones_like(vt_scr[j, H:])
+def clear_tail(scr, step, *, axis):
+    """Makes 0 what lies where there is no key, in rows (axis 1) or lanes (axis 2)."""
+    if step.rows > step.S:
+        grain = (16, LANES)[axis - 1]
+        tail = (slice(None),) * axis + (slice(step.S // grain * grain, None),)
+        scr[tail] = jnp.zeros_like(scr[tail])
 
 
 def logits(refs, q, k, place, head, chunk, start, case, step, bounds):

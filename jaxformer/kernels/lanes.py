@@ -63,10 +63,10 @@ class Lanes:
             yield part
 
     def store(self, ref, windows: Iterable[Array]) -> None:
-        """Writes windows side by side into `[1, rows, n * H]`, one after the other."""
+        """Writes windows side by side into `[rows, n * H]`, one after the other."""
         size = self.heads * self.H
         for u, w in enumerate(windows):
-            ref[0, :, u * size : (u + 1) * size] = w[:, :size].astype(ref.dtype)
+            ref[:, u * size : (u + 1) * size] = w[:, :size].astype(ref.dtype)
 
     def key_head(self, head):
         """The key head of a query head."""

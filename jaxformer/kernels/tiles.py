@@ -18,7 +18,9 @@ class Tpu:
     a tile is a chunk by `keys`. A chain of tiles waits for itself, so `chains` of them
     (heads, chunks) go side by side, and products are asked for `ahead` of the softmax
     that takes them. Up to `unrolled` tiles are written out without a loop; where the
-    intervals are known, up to `most` logits.
+    intervals are known, up to `most` logits. What is done to rows before and after the tiles
+    is written out for up to `written` of them, counted in each window: of more, libtpu takes
+    minutes, and of fewer in a loop the kernel is slower.
     """
 
     queries: int
@@ -29,23 +31,24 @@ class Tpu:
     ahead: int = 2
     unrolled: int = 32
     most: int = 0
+    written: int = 8192
 
 
 def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
     """For `T` queries and `S` keys of head size `H`."""
-    unrolled = 8 if backward else 32
+    many = {"unrolled": 8, "written": 4096} if backward else {}
     if masked:
         size = 256 if T < 2048 else 512
         queries = min(T, size)
-        return Tpu(queries, queries, size, 256, unrolled=unrolled)
+        return Tpu(queries, queries, size, 256, **many)
     if T <= 512:
-        return Tpu(T, T, min(S, 512), 512, ahead=3, unrolled=unrolled)
+        return Tpu(T, T, min(S, 512), 512, ahead=3, **many)
     queries = min(T, up(-(-T // -(-T // 1024)), 256))
     whole = T if queries == T else 256
     chunk = 512 if queries % 512 == 0 else whole
     if T <= 1024 and not backward:
-        return Tpu(queries, chunk, min(S, 512), 4 * H, chains=8, unrolled=unrolled)
-    return Tpu(queries, chunk, min(S, 512), max(128, 2 * H), unrolled=unrolled)
+        return Tpu(queries, chunk, min(S, 512), 4 * H, chains=8, **many)
+    return Tpu(queries, chunk, min(S, 512), max(128, 2 * H), **many)
 
 
 def tpu_known(T: int, S: int, H: int, *, backward: bool) -> Tpu:

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from evaluate.speed import tpu
-from jaxformer.kernels import flash_tpu, flash_tpu_backward
+from jaxformer.kernels import flash_tpu, flash_tpu_backward, tiles
 from jaxformer.kernels.case import Case, Known
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.norm import RMSNorm
@@ -242,6 +242,30 @@ def test_parts_are_the_whole(name, monkeypatch):
     same(found, jit(differentiated)(q, k, v, case, *d))
 
 
+LOOPS = {
+    "all 72": (
+        Sizes(2, 300, 290, 4, 2, 72),
+        everything(300, 290, 72, 4, intervals=spans(300, 290), bias=draw(7, 1, 4, 300, 290)),
+    ),
+    "uneven blocks": (Sizes(1, 1025, 256, 2, 2, 64), everything(1025, 256, 64, 2)),
+    "known spans": CASES["known spans"],
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_rows_one_part_after_the_other_are_all_rows(name, monkeypatch):
+    sizes, case = LOOPS[name]
+    q, k, v, *d = sizes.arrays()
+    whole = kernels(q, k, v, case, *d)
+
+    def few(choose):
+        return lambda *args, **names: dataclasses.replace(choose(*args, **names), written=128)
+
+    for name in ("tpu", "tpu_known"):
+        monkeypatch.setattr(tiles, name, few(getattr(tiles, name)))
+    same(jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d), whole)
+
+
 def test_refuses_what_it_cannot_do():
     for dtype, H, reason in [
         ("float32", 20, "20"),
@@ -304,9 +328,19 @@ LAYERS = [
 
 @pytest.mark.parametrize("what, fused, chip", LAYERS)
 def test_a_layer_moves_few_bytes(what, chip, fused):
-    layer = Attention(num_heads=16, head_dim=64, qk_norm=RMSNorm if fused else None)
-    x = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16)
-    angles = jax.ShapeDtypeStruct((1, 1024, 32), jnp.float32) if fused else None
+    count_bytes(what, chip, fused, 64)
+
+
+@pytest.mark.slow
+def test_a_layer_whose_heads_fill_no_lanes_moves_few_bytes():
+    """All 16 heads are in one step, which written out would take minutes to compile."""
+    count_bytes("both", "v6e", True, 72)
+
+
+def count_bytes(what, chip, fused, H):
+    layer = Attention(num_heads=16, head_dim=H, qk_norm=RMSNorm if fused else None)
+    x = jax.ShapeDtypeStruct((16, 1024, 16 * H), jnp.bfloat16)
+    angles = jax.ShapeDtypeStruct((1, 1024, H // 2), jnp.float32) if fused else None
     weights = jax.eval_shape(layer.init, jax.random.key(0), x, angles=angles)
 
     def forward(weights, x, angles):

@@ -4,6 +4,7 @@ A metric is a frozen pytree. Add two with `merge`, read one with `.value()`. Cou
 integers, so that they are equal on any number of devices.
 """
 
+import math
 import operator
 from typing import Any
 
@@ -23,6 +24,20 @@ class Mean(struct.PyTreeNode):
     def value(self) -> float:
         """The mean; nan where nothing was seen."""
         return float(self.sum) / float(self.count) if self.count else float("nan")
+
+
+class Perplexity(struct.PyTreeNode):
+    """The exponential of a mean: of how many tokens, alike likely, a model has to choose.
+
+    `sum` is of nats, `count` of tokens.
+    """
+
+    sum: Any
+    count: Any
+
+    def value(self) -> float:
+        """nan where nothing was seen."""
+        return math.exp(Mean(self.sum, self.count).value()) if self.count else float("nan")
 
 
 class Calibration(struct.PyTreeNode):
@@ -51,7 +66,7 @@ class Confusion(struct.PyTreeNode):
         return np.asarray(self.sum).astype(int).tolist()
 
 
-Metrics = dict[str, Mean | Calibration | Confusion]
+Metrics = dict[str, Mean | Perplexity | Calibration | Confusion]
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:

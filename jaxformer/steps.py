@@ -132,10 +132,10 @@ def with_stats(loss: Callable, apply: Callable[..., Any]) -> LossFn:
     def loss_fn(params, batch, key):
         seen = {}
 
-        def spy(*args, **kwargs):
-            out, variables = apply(*args, mutable=["stats"], **kwargs)
-            seen.update(variables["stats"])
-            return out
+        def spy(*args, mutable=(), **kwargs):
+            out, variables = apply(*args, mutable=["stats", *mutable], **kwargs)
+            seen.update(variables.get("stats", {}))
+            return (out, variables) if mutable else out
 
         value, metrics = loss(spy, params, batch, key)
         return value, metrics | {"stats": seen}

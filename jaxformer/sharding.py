@@ -58,6 +58,8 @@ FSDP_TENSOR: Rules = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
 )
+# With the batch split over the experts' devices too: tokens travel all to all.
+EXPERT: Rules = (("batch", ("data", "fsdp", "expert")), *FSDP_TENSOR[1:])
 
 
 def without(rules: Rules, axes: Sequence[str]) -> Rules:

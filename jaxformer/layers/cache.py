@@ -60,8 +60,14 @@ class KV(struct.PyTreeNode):
     def beside(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Int[Array, "B T"]
     ) -> KV:
-        """The same tokens after those of the cache, for one look at all of them."""
-        pairs = ((self.k, k), (self.v, v), (self.positions, at))
+        """The same tokens after those of the cache, for one look at all of them.
+
+        What the cache holds of the first one's position and beyond is no more: the text
+        has been taken back to there.
+        """
+        first = jnp.where(at < 0, jnp.iinfo(at.dtype).max, at).min(1, keepdims=True)
+        held = jnp.where(self.positions >= first, -1, self.positions)
+        pairs = ((self.k, k), (self.v, v), (held, at))
         k, v, positions = (jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
         return self.replace(k=k, v=v, positions=positions)
 
@@ -135,11 +141,67 @@ def empty(
     return jax.tree.map(blank, seen, is_leaf=lambda x: isinstance(x, KV))
 
 
-def slots(cache: Any) -> int:
-    """The greatest position that a cache has room for, and one; rings have no end.
+def slots(cache: Any) -> int | None:
+    """How many tokens of a row a cache has room for; None where rings are all it has."""
+    whole = [kv.slots for kv in kvs(cache) if kv.window is None]
+    return min(whole, default=None)
 
-    The number is that of the rings' slots where there is nothing else.
+
+def kvs(cache: Any) -> list[KV]:
+    """The `KV`s of a cache."""
+    return jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, KV))
+
+
+def take(cache: Any, rows: Int[Array, " n"]) -> Any:
+    """A cache of these rows, in this order."""
+    return _by_row(lambda x, axis: jnp.take(x, rows, axis), cache)
+
+
+def put(cache: Any, rows: Int[Array, " n"], other: Any) -> Any:
+    """A cache in which these rows are those of an `other`."""
+
+    def one(x: Array, axis: int, y: Array) -> Array:
+        return x.at[(slice(None),) * axis + (rows,)].set(y)
+
+    return _by_row(one, cache, other)
+
+
+def _by_row(change, cache, *others):
+    """`change(leaf, the axis of its rows, *others' leaves)` for each leaf."""
+
+    def one(kv: KV, *others: KV) -> KV:
+        axis = kv.k.ndim - 4
+        return jax.tree.map(lambda x, *y: change(x, axis, *y), kv, *others)
+
+    return jax.tree.map(one, cache, *others, is_leaf=lambda x: isinstance(x, KV))
+
+
+class Stepper(struct.PyTreeNode):
+    """A model's step with a cache, as samplers take it: a function that is a pytree too.
+
+    `Stepper(model, {"params": params})`; the model has the methods `hidden` and `logits` of
+    `decoder.LanguageModel`. `variables` may hold a "prefix", which all rows share.
     """
-    every = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, KV))
-    whole = [kv.slots for kv in every if kv.window is None]
-    return min(whole) if whole else max(kv.slots for kv in every)
+
+    model: nn.Module = struct.field(pytree_node=False)
+    variables: Mapping[str, Any]
+
+    def __call__(
+        self,
+        cache: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        fresh: bool = False,
+        read: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B R V"], Any]:
+        """Logits after the tokens in the columns `read`, or all; and the cache with them.
+
+        Position -1 is no token; with `fresh` the cache holds nothing yet.
+        """
+        variables, model = {**self.variables, "cache": cache}, self.model
+        how: dict[str, Any] = {"positions": positions, "fresh": fresh, "mutable": ["cache"]}
+        x, new = model.apply(variables, tokens, method="hidden", **how)
+        x = x if read is None else jnp.take_along_axis(x, read[..., None], 1)
+        logits: Any = model.apply(variables, x, method="logits")
+        return logits, new["cache"]

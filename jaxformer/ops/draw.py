@@ -9,10 +9,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 
-def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+def uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Numbers between 0 and 1, neither of them, float32 of full precision near 0.
 
     `uniform(key, ()) < p` is true with probability `p` to within rounding, for `p` of 1e-15
@@ -23,7 +23,7 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     return jnp.minimum(found, 1 - 2.0**-24)
 
 
-def draw(key: PRNGKeyArray, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+def draw(key: Array, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     """An index of each row, with the probabilities `softmax(logits)`; -inf is never drawn.
 
     First a block of about `sqrt(V)` entries by its sum, then one of its entries, each by
@@ -46,6 +46,6 @@ def draw(key: PRNGKeyArray, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return block * size + _largest(within, inside)
 
 
-def _largest(key: PRNGKeyArray, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+def _largest(key: Array, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     waits = -jnp.log1p(-uniform(key, logits.shape))  # Exponential; small ones are exact.
     return jnp.argmax(logits - jnp.log(waits), -1).astype(jnp.int32)

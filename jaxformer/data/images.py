@@ -91,7 +91,7 @@ class Resize:
         image = pixels_of(record)
         Y, X, _ = image.shape
         shape = (Y * self.size // min(Y, X), X * self.size // min(Y, X))
-        return record | {"image": _resize(image, shape, self.method)}
+        return record | {"image": resized(image, shape, self.method)}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class RandomResizedCrop:
         Y, X, _ = image.shape
         y, x, h, w = self._rectangle(Y, X, rng)
         image = image[y : y + h, x : x + w]  # Pillow's own `box` would look past its edge.
-        return record | {"image": _resize(image, (self.size, self.size))}
+        return record | {"image": resized(image, (self.size, self.size))}
 
     def _rectangle(self, Y: int, X: int, rng) -> tuple[int, int, int, int]:
         low, high = self.aspect
@@ -190,7 +190,7 @@ def pixels_of(record: Record) -> np.ndarray:
     return image
 
 
-def _resize(image: np.ndarray, shape: tuple[int, int], method: str = "bilinear") -> np.ndarray:
+def resized(image: np.ndarray, shape: tuple[int, int], method: str = "bilinear") -> np.ndarray:
     """Pillow's resize to `shape` = (rows, columns), antialiased."""
     try:
         resample = Image.Resampling[method.upper()]

@@ -43,7 +43,7 @@ def pack(
     """
     if not images:
         raise InputError("there are no images to pack; give one or more")
-    cut = [_cut(image, patch, f"image {i}") for i, image in enumerate(images)]
+    cut = [patches_of(image, patch, f"image {i}") for i, image in enumerate(images)]
     size = images[0].shape[-1] * patch * patch
     held: list[list[int]] = []
     room: list[int] = []
@@ -74,7 +74,7 @@ def pack(
     return _lay(cut, held, len(held) if rows is None else rows, length, count)
 
 
-def _cut(
+def patches_of(
     image: np.ndarray, patch: int, name: str
 ) -> tuple[Float[np.ndarray, "T P"], tuple[int, int]]:
     """Patches of an image, in the order of `ops.patches.patchify`, and its grid."""

@@ -46,7 +46,7 @@ class Kernels(nn.Module):
     letters: str
 
     @nn.compact
-    def __call__(self, shape: tuple[int, int, int]) -> Float[Array, "E I O"]:
+    def __call__(self, shape: tuple[int, ...]) -> Float[Array, "E I O"]:
         init = fan_in(1.0, "fan_in", "truncated_normal", 1, 2, batch_axis=(0,))
         return self.param("kernel", partitioned(init, self.letters), shape)
 

@@ -59,11 +59,11 @@ def dropless(
     Under the rules of `sharding.use` each device computes its own experts, of all tokens
     of those that share its part of the batch: tokens are gathered and results are summed.
     """
-    where = place(x.shape, "BTD")
-    if where is None:
-        return _sorted(x, routed, kernels, activation, 0)
     gate, _, down = kernels
+    where = place(x.shape, "BTD")
     wide, narrow = place(gate.shape, "EDF"), place(down.shape, "EFD")
+    if where is None or wide is None:
+        return _sorted(x, routed, kernels, activation, 0)
     ways = _names(wide[0])  # mesh axes of experts
     shared = tuple(name for name in _names(where[0]) if name in ways)
     summed = tuple(n for n in (*ways, *_names(wide[2])) if n not in shared)

@@ -48,8 +48,7 @@ def load(
             f"{path}: model_type {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[kind]
-    stored = files.open_tensors(path)
-    tensors = {family.canonical(n): s for n, s in stored.items() if not family.ignores(n)}
+    tensors = family.tensors(config, files.open_tensors(path))
     model = family.model(config, set(tensors), dtype)
     params = engine.read(
         family, model, tensors, mesh=mesh, rules=rules, dtype=param_dtype, where=str(path)

@@ -22,8 +22,11 @@ from jax.sharding import Mesh, NamedSharding
 from jaxformer import sharding
 from jaxformer.convert.files import Stored
 from jaxformer.convert.layout import Layout, parse
+from jaxformer.convert.stacks import layers_of
 from jaxformer.errors import InputError
 from jaxformer.layers.attention import Attention
+from jaxformer.layers.block import Chain, Stack
+from jaxformer.models.decoder import LanguageModel
 
 PIECE = 4 * 2**20  # bytes of their tensor that are in memory at a time.
 
@@ -36,7 +39,7 @@ class Entry:
     number of a layer stands: then our parameter has a leading axis of layers, the i-th of
     which is their layer `layers[i]`, or i. `layout` is read by `layout.parse`, and says
     nothing of that axis; `sizes` are those of letters that stand in groups. `part` = (i, n):
-    it is the i-th of n equal parts of their first axis. `at` is the row of our first axis
+    it is the i-th of n equal parts of their axis `axis`. `at` is the row of our first axis
     that it fills, where ours is made of several of theirs.
     """
 
@@ -45,6 +48,7 @@ class Entry:
     layout: str
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     part: tuple[int, int] | None = None
+    axis: int = 0
     at: int | None = None
     layers: Sequence[int] | None = None
 
@@ -61,7 +65,8 @@ class Family:
     with. `rename` are regular expressions and replacements that take other layouts of
     the same tensors to the table's; `ignore` match names that hold no parameter;
     `spell(model, name)` is what the hub calls a tensor of the table in a file of this
-    model, where that is another name.
+    model, where that is another name; `unpack(config, tensors)` are the table's tensors,
+    where a file may hold them otherwise than one by one.
     """
 
     name: str  # the model_type of their config.
@@ -72,6 +77,16 @@ class Family:
     rename: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
     spell: Callable[[Any, str], str] = lambda model, name: name
+    unpack: Callable[[Mapping[str, Any], dict[str, Stored]], dict[str, Stored]] = (
+        lambda config, tensors: tensors
+    )
+
+    def tensors(
+        self, config: Mapping[str, Any], stored: Mapping[str, Stored]
+    ) -> dict[str, Stored]:
+        """What a file holds, under the table's names."""
+        kept = {self.canonical(n): x for n, x in stored.items() if not self.ignores(n)}
+        return self.unpack(config, kept)
 
     def canonical(self, name: str) -> str:
         """The table's name of a tensor."""
@@ -97,7 +112,8 @@ class _Use:
         shape = self.layout.shape_of_theirs(self.sizes)
         if self.entry.part is None:
             return shape
-        return (shape[0] * self.entry.part[1], *shape[1:])
+        axis, n = self.entry.axis, self.entry.part[1]
+        return (*shape[:axis], shape[axis] * n, *shape[axis + 1 :])
 
 
 def boxed_params(family: Family, model: nn.Module) -> Any:
@@ -195,26 +211,30 @@ def _pieces(stored: Stored, use: _Use) -> Iterator[tuple[tuple[int, ...], np.nda
     """A tensor as pieces of ours: where each starts, and the piece, with all our axes."""
     layout, sizes = use.layout, use.sizes
     i, n = use.entry.part or (0, 1)
-    shape = layout.shape_of_theirs(sizes)
+    shape, axis = layout.shape_of_theirs(sizes), use.entry.axis
+    own: Any = ...  # Of their rows.
+    if axis:  # A part of each row.
+        own = (slice(None),) * axis + (slice(i * shape[axis], (i + 1) * shape[axis]),)
+        i, n = 0, 1
     lead = (np.newaxis,) * len(use.lead)
     letter = layout.rows
     size = np.dtype(stored.dtype).itemsize
     if letter is None or (math.prod(shape) * size <= PIECE and n == 1):
         rows = None if n == 1 else slice(i * shape[0], (i + 1) * shape[0])
-        piece = layout.to_ours(stored.read(rows), sizes)
+        piece = layout.to_ours(stored.read(rows)[own], sizes)
         yield (*use.lead, *(0,) * piece.ndim), piece[lead]
         return
     count = sizes[letter]
     unit = shape[0] // count  # of their rows, to one of the letter.
     step = max(1, PIECE // (unit * math.prod(shape[1:]) * size))
-    axis = layout.ours.index((letter,))
+    along = layout.ours.index((letter,))
     for first in range(0, count, step):
         some = min(step, count - first)
         start = i * shape[0] + first * unit
         piece = stored.read(slice(start, start + some * unit))
-        piece = layout.to_ours(piece, {**sizes, letter: some})
+        piece = layout.to_ours(piece[own], {**sizes, letter: some})
         starts = [0] * piece.ndim
-        starts[axis] = first
+        starts[along] = first
         yield (*use.lead, *starts), piece[lead]
 
 
@@ -261,25 +281,34 @@ def is_told_by(config: Mapping[str, Any], family: Family, model: nn.Module) -> b
     try:
         shapes = flat(nn.unbox(boxed_params(family, model)))
         again = family.model(dict(config), set(uses(family, model, shapes)), jnp.float32)
+        return _same(again, model)
     except (InputError, ValueError):  # Its table is not of this model's parameters.
         return False
-    return _same(again, model)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         return all(map(_same, a, b))
+    if isinstance(a, Stack | Chain) and isinstance(b, Stack | Chain):
+        return _same(*(tuple(x.block for x in layers_of(stack)) for stack in (a, b)))
     if type(a) is not type(b) or not dataclasses.is_dataclass(a) or isinstance(a, type):
         return a == b
     names = {f.name for f in dataclasses.fields(a)} - _RUNNING
+    names -= {"length"} if isinstance(a, LanguageModel) else set()  # What it checks.
     return all(_same(_value(a, name), _value(b, name)) for name in names)
 
 
 def _value(node: Any, name: str) -> Any:
-    """A field; of attention, None for one bias says that it is as all of them."""
+    """A field; of attention, what None stands for, and nothing where it counts for nothing."""
     value = getattr(node, name)
-    alike = isinstance(node, Attention) and name in ("key_bias", "out_bias") and value is None
-    return node.use_bias if alike else value
+    if isinstance(node, Attention):
+        if name in ("key_bias", "out_bias") and value is None:
+            return node.use_bias
+        if name == "num_kv_heads" and value is None:
+            return node.num_heads
+        if name == "epsilon" and node.qk_norm is None:
+            return None
+    return value
 
 
 def tensors_of(
@@ -310,4 +339,6 @@ def tensors_of(
             use.layout.to_theirs(np.asarray(ours[use.entry.ours][use.lead]), use.sizes)
             for use in parts
         ]
-        yield family.spell(model, name), found[0] if len(found) == 1 else np.concatenate(found)
+        axis = parts[0].entry.axis
+        whole = found[0] if len(found) == 1 else np.concatenate(found, axis)
+        yield family.spell(model, name), whole

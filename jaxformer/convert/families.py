@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxformer.convert import clip, dinov2, dinov3, mae, siglip, siglip2, swin, timm, video, vit
+from jaxformer.convert import (
+    clip,
+    dinov2,
+    dinov3,
+    llama,
+    mae,
+    siglip,
+    siglip2,
+    swin,
+    timm,
+    video,
+    vit,
+)
 from jaxformer.convert.engine import Family
 
 FAMILIES: dict[str, Family] = {
@@ -28,6 +40,10 @@ FAMILIES: dict[str, Family] = {
         dinov2.DINOV2_WITH_REGISTERS,
         dinov3.DINOV3,
         timm.TIMM,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        llama.QWEN3,
     )
 }
 

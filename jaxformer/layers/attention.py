@@ -74,6 +74,7 @@ class Attention(nn.Module):
     key_bias: bool | None = None  # None: as use_bias.
     out_bias: bool | None = None  # None: as use_bias.
     scores: Scores = Scores()
+    epsilon: float = 1e-6  # of the norms of queries and keys.
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
@@ -108,8 +109,9 @@ class Attention(nn.Module):
         v = project("value", "BTD,DKH->BTKH", K=K, H=H)(context)
         norm = None
         if self.qk_norm is not None:
-            q_norm = self.qk_norm(letters="H", name="query_norm").weights(H)
-            k_norm = self.qk_norm(letters="H", name="key_norm").weights(H)
+            alike: dict[str, Any] = {"epsilon": self.epsilon, "letters": "H"}
+            q_norm = self.qk_norm(**alike, name="query_norm").weights(H)
+            k_norm = self.qk_norm(**alike, name="key_norm").weights(H)
             norm = (q_norm, k_norm)
         # Both are attention's to apply: a kernel does so on the way.
         how: dict[str, Any] = {"norm": norm, "angles": self._angles(angles, positions)}

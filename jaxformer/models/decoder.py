@@ -248,6 +248,7 @@ class Decoder(nn.Module):
             self.qkv_bias or self.use_bias,
             out_bias=self.use_bias,
             scores=scores,
+            epsilon=self.epsilon,
             dtype=self.dtype,
             parent=None,
         )

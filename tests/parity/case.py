@@ -69,8 +69,8 @@ class Case:
     def gradient_of_theirs(self, model: Any) -> Any:
         """Their gradients as a tree like our parameters."""
         family = FAMILIES[self.kind]
-        stored = files.open_tensors(self.directory / "gradients")
-        tensors = {family.canonical(n): t for n, t in stored.items() if not family.ignores(n)}
+        config = files.read_config(self.directory)
+        tensors = family.tensors(config, files.open_tensors(self.directory / "gradients"))
         where = str(self.directory)
         options = {"mesh": None, "rules": (), "dtype": jnp.float32, "where": where}
         return engine.read(family, model, tensors, **options)

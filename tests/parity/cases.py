@@ -1,6 +1,6 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, mae, siglip, swin, timm, video, vit
+from tests.parity import clip, dino, language, mae, siglip, swin, timm, video, vit
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
@@ -14,5 +14,6 @@ CASES: dict[str, Case] = {
         *swin.CASES,
         *video.CASES,
         *timm.CASES,
+        *language.CASES,
     )
 }

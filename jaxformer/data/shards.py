@@ -21,7 +21,7 @@ _GROUPS_KEPT = 4  # row groups of Parquet in memory, in each process.
 
 
 @dataclass(frozen=True)
-class _Reopened:
+class Reopened:
     """Leaves what was opened behind when it is pickled for a worker process."""
 
     def __getstate__(self):
@@ -29,7 +29,7 @@ class _Reopened:
 
 
 @dataclass(frozen=True)
-class _Rows(_Reopened):
+class _Rows(Reopened):
     """Rows of Parquet files, of which four row groups stay in memory, never a whole file."""
 
     paths: str | tuple[str, ...]
@@ -42,7 +42,7 @@ class _Rows(_Reopened):
     def _groups(self) -> tuple[list[tuple[str, int, int]], list[int]]:
         """(file, group, its first row) for each row group, and where each one ends."""
         groups, sizes = [], []
-        for path in _files(self.paths):
+        for path in files(self.paths):
             file = _open_parquet(path)
             for name in self._columns:
                 if name not in file.schema_arrow.names:
@@ -138,6 +138,30 @@ class Captions(_Rows):
         return {"image": _bytes(image, self.image, where), "text": text, "source": where}
 
 
+@dataclass(frozen=True)
+class ParquetText(_Rows):
+    """Parquet files of documents: `{"text", "source"}` of one column. Reading is `Parquet`'s.
+
+    Raises:
+      InputError: a file is missing or damaged, lacks the column, or a text is none or empty.
+    """
+
+    text: str = "text"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.text,)
+
+    def __getitem__(self, index: int) -> Record:
+        (text,), where = self._row(index)
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(
+                f"{where}: column {self.text!r} holds no text or an empty one; leave that row "
+                "out"
+            )
+        return {"text": text, "source": where}
+
+
 def _bytes(image: Any, column: str, where: str) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes")
@@ -161,7 +185,7 @@ def _open_parquet(path: str):
 
 
 @dataclass(frozen=True)
-class ArrayRecord(_Reopened):
+class ArrayRecord(Reopened):
     """ArrayRecord files that `write_array_record` wrote: random access at full speed.
 
     `paths` is a file, a pattern (`data/train-*.array_record`) or several.
@@ -177,7 +201,7 @@ class ArrayRecord(_Reopened):
     @functools.cached_property
     def _readers(self) -> tuple[list[tuple[str, Any]], list[int]]:
         readers = []
-        for path in _files(self.paths):
+        for path in files(self.paths):
             try:
                 readers.append((path, grain.sources.ArrayRecordDataSource(path)))
             except (RuntimeError, ValueError, OSError) as error:
@@ -251,19 +275,23 @@ def _decode(data: bytes) -> tuple[bytes | np.ndarray, Any]:
     return np.frombuffer(body, dtype).reshape(Y, X, C), header["label"]
 
 
-def _files(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths and patterns name, each pattern's in order of name."""
-    files = []
+def files(paths: str | Sequence[str]) -> list[str]:
+    """The files that paths and patterns name, each pattern's in order of name.
+
+    Raises:
+      InputError: there are none.
+    """
+    named = []
     for path in [paths] if isinstance(paths, str) else paths:
         found = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not found:
             raise InputError(
                 f"{path}: no such file; give files or a pattern such as train-*.parquet"
             )
-        files += found
-    if not files:
+        named += found
+    if not named:
         raise InputError("paths names no file; give files or a pattern")
-    return files
+    return named
 
 
 def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:

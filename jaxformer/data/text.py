@@ -4,12 +4,12 @@ For names, the alphabet is that of Unicode's: space, hyphen, digits and capitals
 padding, 1 the end of the text, and the letters follow.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxformer.data import tokenizer
 from jaxformer.data.sources import Record
 from jaxformer.errors import InputError
 
@@ -91,23 +91,9 @@ class Tokenize:
 
     def __call__(self, record: Record) -> Record:
         rest = {name: value for name, value in record.items() if name != "text"}
-        ids = _tokenizer(self.path).encode(record["text"]).ids
+        ids = tokenizer.read(self.path).encode(record["text"]).ids
         end = [] if self.end is None else [self.end]
         ids = [*ids[: self.length - len(end)], *end]
         tokens = np.full(self.length, self.pad, np.int32)
         tokens[: len(ids)] = ids
         return rest | {"tokens": tokens}
-
-
-@functools.cache
-def _tokenizer(path: str):
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError('Tokenize needs tokenizers; pip install "jaxformer[hf]"') from None
-    try:
-        return tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # It raises nothing more special.
-        raise InputError(
-            f"{path}: is no tokenizer.json ({error}); name one as tokenizers write it"
-        ) from error

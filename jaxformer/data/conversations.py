@@ -1,0 +1,135 @@
+"""Conversations as rows of ids of which only the answers are learned."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxformer.data.corpus import Lines
+from jaxformer.data.shards import Reopened
+from jaxformer.data.sources import Record
+from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.errors import InputError
+
+_OPEN = 64  # rows that a conversation is tried in before a new one is begun.
+
+
+@dataclass(frozen=True)
+class Conversations(Reopened):
+    """JSON Lines of conversations, whole ones side by side in rows of `length` tokens.
+
+    A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}`
+    with the roles system, user and assistant. A message becomes `<|role|>`, a line break, its
+    content and the tokenizer's end (without one, a line break); the tokenizer's begin
+    stands before all. `answer` is 1 for what the assistant says and the end of it.
+
+    `source[i]` is `{"tokens", "segments", "answer"}`, int32 `[length]` each, see `rows`. A
+    conversation goes into the first row that has room for it, of the last 64.
+
+    Raises:
+      InputError: a line that is no such conversation, or longer than a row, by file and
+        line; with `cut` the latter is cut at its end instead.
+    """
+
+    paths: str | tuple[str, ...]
+    tokenizer: Tokenizer
+    length: int
+    cut: bool = False
+
+    @property
+    def vocab(self) -> int:
+        return self.tokenizer.vocab
+
+    @functools.cached_property
+    def _rows(self) -> list[list[tuple[Any, Any]]]:
+        rows: list[list[tuple[Any, Any]]] = []
+        room: list[int] = []
+        lines = Lines(self.paths)
+        for index in range(len(lines)):
+            ids, answer = self._encoded(lines[index])
+            recent = range(max(0, len(rows) - _OPEN), len(rows))
+            row = next((r for r in recent if room[r] >= len(ids)), len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(self.length)
+            rows[row].append((ids, answer))
+            room[row] -= len(ids)
+        return rows
+
+    def _encoded(self, record: Record) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        where = record["source"]
+        ids, answer = render(messages(record), self.tokenizer)
+        if not answer[: self.length].any():
+            rest = "in what is left of it " if answer.any() else ""
+            raise InputError(f"{where}: there is no answer {rest}to learn; leave the line out")
+        if len(ids) > self.length and not self.cut:
+            raise InputError(
+                f"{where}: has {len(ids)} tokens and a row length={self.length}; leave the "
+                "line out, make rows longer, or set cut=True"
+            )
+        return ids[: self.length], answer[: self.length]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = {
+            name: np.zeros(self.length, np.int32) for name in ("tokens", "segments", "answer")
+        }
+        start = 0
+        for number, (ids, answer) in enumerate(self._rows[index], 1):
+            place = slice(start, start + len(ids))
+            row["tokens"][place], row["answer"][place] = ids, answer
+            row["segments"][place] = number
+            start += len(ids)
+        return row | {"source": f"row {index}"}
+
+
+def messages(record: Record) -> list[tuple[str, str]]:
+    """Role and content of each message of a line, or InputError that names file and line."""
+    where, found = record.get("source", "a record"), []
+    said = record.get("messages")
+    if not isinstance(said, list) or not said:
+        raise InputError(
+            f'{where}: has no "messages"; a conversation is {{"messages": [{{"role": "user", '
+            '"content": "..."}, ...]}'
+        )
+    for number, message in enumerate(said):
+        for name in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(name), str):
+                raise InputError(
+                    f"{where}: message {number} has no {name!r} that is text; add it or leave "
+                    "the line out"
+                )
+        role, content = message["role"], message["content"]
+        if role not in ("system", "user", "assistant"):
+            raise InputError(
+                f"{where}: message {number} has the role {role!r}, which is none of system, "
+                "user, assistant"
+            )
+        if role == "assistant" and not content.strip():
+            raise InputError(f"{where}: message {number} is an empty answer; leave it out")
+        found.append((role, content))
+    return found
+
+
+def render(
+    said: list[tuple[str, str]], tokenizer: Tokenizer
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Ids of a conversation, and 1 for those of answers. See `Conversations`.
+
+    A prompt is what this gives for a conversation and `("assistant", "")`, less its end.
+    """
+    end = "" if tokenizer.end is not None else "\n"
+    texts = [part for role, content in said for part in (f"<|{role}|>\n", content + end)]
+    encoded = tokenizer.encode(texts)
+    ids = [[] if tokenizer.begin is None else [tokenizer.begin]]
+    answer = [[0] * len(ids[0])]
+    for number, (role, _) in enumerate(said):
+        head, body = encoded[2 * number : 2 * number + 2]
+        close = [] if tokenizer.end is None else [tokenizer.end]
+        ids += [head, body, close]
+        answer += [[0] * len(head), [int(role == "assistant")] * (len(body) + len(close))]
+    return np.concatenate(ids).astype(np.int32), np.concatenate(answer).astype(np.int32)

@@ -196,17 +196,18 @@ def fold(keys: Array, number: Int[Array, "*B"]) -> Array:
     return jax.vmap(jax.random.fold_in)(keys, number)
 
 
-def fits(tokens, lengths, steps: int, room: int | None, what: str = "the cache") -> None:
+def fits(tokens, lengths, steps: int, room: int | None) -> None:
     """Raises InputError where prompts are empty, or too long with what comes after them."""
     longest = tokens.shape[1]
     if not isinstance(lengths, Tracer):
-        longest = int(np.max(lengths))
-        if int(np.min(lengths)) < 1:
+        known = np.asarray(lengths)
+        longest = int(known.max())
+        if known.min() < 1:
             raise InputError(
                 "a prompt is empty; begin it with a token, such as that of a start"
             )
     if room is not None and longest + steps > room:
         raise InputError(
             f"a prompt of {longest} tokens and {steps} steps are more than the {room} slots of "
-            f"{what}; cut the prompt, take fewer steps, or make the cache longer"
+            "the cache; cut the prompt, take fewer steps, or make the cache longer"
         )

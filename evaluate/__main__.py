@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="default: the last")
     parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
     parser.add_argument("--json", help="a file for every metric's sum, count and value")
+    parser.add_argument("--export", help="a directory to write the model to, as the hub has it")
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
@@ -32,8 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
         experiment = load(args.config, [*args.overrides, *mesh])
         from evaluate.report import confusion_picture, table
-        from evaluate.run import evaluate_checkpoint
+        from evaluate.run import evaluate_checkpoint, restored
+        from jaxformer import convert
 
+        if args.export:
+            _, _, params = restored(experiment, args.checkpoint, args.step)
+            convert.save(args.export, experiment.model, params)
+            print(f"{args.export}: written")
+            return 0
         step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
         print(table(step, found))
         if args.json:

@@ -131,6 +131,32 @@ def evaluate_checkpoint(
 ) -> tuple[int, dict[str, metrics.Metrics]]:
     """Every evaluation and task of an experiment on a checkpoint of its run.
 
+    Args and errors are those of `restored`.
+    """
+    if not experiment.evals and not experiment.tasks:
+        raise InputError("the experiment has no evals and no tasks; name some in its config")
+    step, made, params = restored(experiment, directory, step, devices=devices)
+    return step, measured(experiment, made, params)
+
+
+def measured(experiment: Experiment, made: Setup, params: Any) -> dict[str, metrics.Metrics]:
+    """Every evaluation and task of an experiment on these parameters."""
+    found = {}
+    for name, pipeline in experiment.evals.items():
+        data = batches(pipeline, experiment.eval_batch_size, made.batch_ways)
+        found[name] = evaluate(made.measure, params, data, made.batch)
+    return found | run_tasks(experiment, made, params)
+
+
+def restored(
+    experiment: Experiment,
+    directory: str | pathlib.Path,
+    step: int | None = None,
+    *,
+    devices=None,
+) -> tuple[int, Setup, Any]:
+    """The step, the layout and the parameters of a checkpoint of an experiment's run.
+
     Reads the averaged parameters where the run kept them, and nothing of the optimizer.
 
     Args:
@@ -142,8 +168,6 @@ def evaluate_checkpoint(
     Raises:
       InputError: no such checkpoint, a damaged one, or one of another model.
     """
-    if not experiment.evals and not experiment.tasks:
-        raise InputError("the experiment has no evals and no tasks; name some in its config")
     folder = checkpoint.find(directory)
     saved = checkpoint.steps(folder)
     step = saved[-1] if step is None else step
@@ -160,12 +184,7 @@ def evaluate_checkpoint(
     made = setup(experiment, _inputs(experiment), devices)
     part = "params" if experiment.ema is None else "ema"
     target = {"state": {part: getattr(made.state, part)}}
-    params = checkpoint.restore(folder, step, target, part=True)["state"][part]
-    found = {}
-    for name, pipeline in experiment.evals.items():
-        data = batches(pipeline, experiment.eval_batch_size, made.batch_ways)
-        found[name] = evaluate(made.measure, params, data, made.batch)
-    return step, found | run_tasks(experiment, made, params)
+    return step, made, checkpoint.restore(folder, step, target, part=True)["state"][part]
 
 
 def _inputs(experiment: Experiment) -> list[Any]:

@@ -135,6 +135,7 @@ class ViT(nn.Module):
     patch: int
     num_classes: int = 1000
     size: tuple[int, int] | None = None
+    channels: int | None = None  # of the images; None: of those that come.
     positions: Literal["learned", "sincos", "rotary"] = "learned"
     pool: Literal["cls", "tok", "gap", "map"] = "cls"
     registers: int = 0
@@ -219,6 +220,7 @@ class ViT(nn.Module):
                 rotary,
                 prefix,
                 self.registers,
+                channels=self.channels,
                 dtype=dtype,
                 parent=None,
             ),

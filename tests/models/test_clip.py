@@ -92,6 +92,14 @@ def test_parameter_counts_of_siglip(name, version):
     assert count(siglip.named(name, version)) == SIGLIPS[name, version]
 
 
+@pytest.mark.parametrize(
+    ("name", "gflop"), [("B/32", 14.78), ("B/16", 41.09), ("L/14", 175.33)]
+)
+def test_flops_are_those_that_open_clip_counts(name, gflop):
+    """Which counts the ends of the towers too."""
+    assert clip.flops(clip.named(name)) / 1e9 == pytest.approx(gflop, rel=0.02)
+
+
 def test_no_named_size_is_untested():
     assert set(CLIPS) == set(clip.SIZES)
     assert {name.split("/")[0] for name, _ in SIGLIPS} == set(siglip.SIZES)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evaluate.__main__ import main as evaluate_main
 from evaluate.run import batches, evaluate_checkpoint
-from jaxformer import checkpoint
+from jaxformer import checkpoint, convert
 from jaxformer.experiment import load
 from train.run import Diverged, train
 
@@ -20,7 +21,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_digits.py"
 TINY = (
     "model.width=32", "model.depth=2", "model.mlp_dim=48", "batch_size=24", "steps=20",
     "eval_every=10", "keep.every=10", "log_every=1", "eval_batch_size=100", "ema=0.9",
-    "data.batch_transforms=()",
+    "data.batch_transforms=()", "model.pool=cls", "model.size=(8,8)", "model.channels=1",
 )  # fmt: skip
 
 
@@ -144,6 +145,17 @@ def test_evaluation_is_what_the_run_wrote(finished):
     _, found = evaluate_checkpoint(experiment(), finished[0], devices=jax.devices()[:1])
     (last,) = [r for r in rows(finished[0]) if r["step"] == 20 and "eval/test/top1" in r]
     assert found["test"]["top1"].value() == last["eval/test/top1"]
+
+
+def test_a_run_is_exported_as_the_hub_has_it(finished, tmp_path):
+    out = tmp_path / "hub"
+    named = [str(CONFIG), *TINY, "mesh=data=8", "--checkpoint", str(finished[0])]
+    assert evaluate_main([*named, "--export", str(out)]) == 0
+    model, params = convert.load(out)
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    ours = {"params": finished[1].ema}
+    expected = jax.jit(experiment().model.apply)(ours, images)
+    chex.assert_trees_all_close(jax.jit(model.apply)({"params": params}, images), expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):

@@ -274,6 +274,7 @@ def _write(shard: jax.Array, part: jax.Array, starts: list) -> jax.Array:
 
 # How a model is run and what it checks, of which their config says nothing or more.
 _RUNNING = {"parent", "name", "dtype", "remat", "unroll", "dropout", "drop_path", "channels"}
+_RUNNING |= {"balance", "z"}  # Losses of a router.
 
 
 def is_told_by(config: Mapping[str, Any], family: Family, model: nn.Module) -> bool:
@@ -308,6 +309,8 @@ def _value(node: Any, name: str) -> Any:
             return node.num_heads
         if name == "epsilon" and node.qk_norm is None:
             return None
+        if name == "scores" and value.scale is None:
+            return dataclasses.replace(value, scale=node.head_dim**-0.5)
     return value
 
 

@@ -7,6 +7,9 @@ from jaxformer.convert import (
     clip,
     dinov2,
     dinov3,
+    experts,
+    gemma,
+    gpt2,
     llama,
     mae,
     siglip,
@@ -44,6 +47,11 @@ FAMILIES: dict[str, Family] = {
         llama.MISTRAL,
         llama.QWEN2,
         llama.QWEN3,
+        gpt2.GPT2,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        experts.MIXTRAL,
+        experts.QWEN3_MOE,
     )
 }
 

@@ -5,11 +5,11 @@ has approved, a piece at a time, so that no file is ever in memory as a whole. N
 unpickled, and the names of tensors are looked up in a table, never in a file system.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -33,7 +33,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stored:
     """One tensor of a file: where it lies, and how to read some of its rows."""
 
@@ -54,6 +54,16 @@ class Stored:
         if len(found) != count:
             raise InputError(f"{self.path}: became shorter while it was read; load it again")
         return found.reshape(shape)
+
+    def split(self, count: int) -> list["Stored"]:
+        """So many equal parts, one after the other, of its first two axes taken as one."""
+        rows = self.shape[0] * self.shape[1] // count
+        size = rows * math.prod(self.shape[2:]) * np.dtype(self.dtype).itemsize
+        shape = (rows, *self.shape[2:])
+        return [
+            dataclasses.replace(self, shape=shape, start=self.start + i * size)
+            for i in range(count)
+        ]
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
-from jaxformer.layers.norm import OneRMSNorm
+from jaxformer.layers.block import Block
+from jaxformer.layers.norm import OneRMSNorm, RMSNorm
 from jaxformer.ops.activation import gelu
 from jaxformer.ops.rotary_scaling import Rotary
 from tests.parity.case import Case, edit, wrong
@@ -36,11 +38,27 @@ def _original(kind: str, **fields):
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {
+        "n_embd": 20,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 26,
+        "n_positions": 14,
+    }
+    sizes |= {"vocab_size": 19, "bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(layer_norm_epsilon=1e-3, **sizes))
+
+
 def _tokens(draw):
     return {"tokens": draw.integers(3, 19, size=(2, 12)).astype("int32")}
 
 
 def _logits(module, inputs):
+    if hasattr(module.config, "num_experts"):  # Their kernels take widths of 16 bytes.
+        module.set_experts_implementation("eager")
     return {"logits": module(inputs["tokens"].long(), use_cache=False).logits}
 
 
@@ -117,6 +135,22 @@ def _interleave(scores):
 def _window(by):
     return _scores(window=lambda old: old.window and old.window + by)
 
+
+def _moe(field, value):
+    """A mutation of the blocks that have experts."""
+
+    def change(block):
+        sparse = hasattr(block.mlp, "experts")
+        return edit(block, f"mlp.experts.{field}", value) if sparse else block
+
+    return blocks(change)
+
+
+def _without(block):
+    return Block(block.attention, block.mlp, block.norm, block.epsilon)
+
+
+_pre = blocks(_without)
 
 FACTS = {
     "norms plus one": blocks(lambda block: dataclasses.replace(block, norm=OneRMSNorm)),
@@ -228,5 +262,95 @@ CASES = (
         tie_word_embeddings=True,
         attention_bias=True,
         rms_norm_eps=1e-5,
+    ),
+    Case(
+        "gpt2",
+        _gpt2,
+        _tokens,
+        _logits,
+        _our_logits,
+        {
+            "no mean is taken": blocks(lambda block: dataclasses.replace(block, norm=RMSNorm)),
+            "gelu by erf": every("mlp.activation", gelu),
+            "epsilon": every("epsilon", 1e-6),
+            "last epsilon": wrong("norm.epsilon", 1e-6),
+            "no positions": wrong("position", None),
+        },
+    ),
+    _case(
+        "gemma2",
+        "Gemma2",
+        {
+            "plain norms": blocks(lambda block: dataclasses.replace(block, norm=RMSNorm)),
+            "last norm plain": lambda model, inputs: (edit(model, "norm", RMSNorm()), inputs),
+            "norms before alone": _pre,
+            "no bound of attention": _scores(softcap=None),
+            "another bound of attention": _scores(softcap=3.0),
+            "no bound of logits": wrong("softcap", None),
+            "scale by the head": _scores(scale=None),
+            "vectors as they are": wrong("table.scale", 1.0),
+            "a window more": _window(1),
+            "a window less": _window(-1),
+            "gelu by erf": every("mlp.activation", gelu),
+        },
+        num_hidden_layers=3,  # A round of two, and the first of it again.
+        hidden_size=16,
+        intermediate_size=18,
+        sliding_window=5,
+        query_pre_attn_scalar=9,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=4.0,
+    ),
+    _case(
+        "gemma3",
+        "Gemma3Text",
+        {
+            "theta of all": _theta(1e4, False),
+            "theta of windows": _theta(5e2, True),
+            "factor": _law(factor=3.0),
+            "a window more": _window(1),
+            "queries' norm plain": every("attention.qk_norm", RMSNorm),
+            "scale by the head": _scores(scale=None),
+            "vectors as they are": wrong("table.scale", 1.0),
+        },
+        hidden_size=16,
+        intermediate_size=18,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=9,
+        rope_parameters={
+            "full_attention": {"rope_theta": 5e2, "rope_type": "linear", "factor": 2.0},
+            "sliding_attention": {"rope_theta": 5e1, "rope_type": "default"},
+        },
+    ),
+    _case(
+        "mixtral",
+        "Mixtral",
+        {
+            "weights as they are": every("mlp.experts.renormalise", False),
+            "one expert more": every("mlp.experts.top_k", 3),
+            "gelu": every("mlp.activation", gelu),
+        },
+        hidden_size=16,
+        intermediate_size=10,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    ),
+    _case(
+        "qwen3_moe",
+        "Qwen3Moe",
+        {
+            "weights sum to one": _moe("renormalise", True),
+            "one expert less": _moe("top_k", 1),
+        },
+        hidden_size=16,
+        num_hidden_layers=3,
+        intermediate_size=12,
+        moe_intermediate_size=6,
+        mlp_only_layers=[0],
+        num_experts=3,
+        num_experts_per_tok=2,
+        head_dim=4,
+        tie_word_embeddings=True,
     ),
 )

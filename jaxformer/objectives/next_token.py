@@ -123,16 +123,21 @@ def scores(
     x: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     chunk: int | None,
+    *,
+    without: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]]:
     """What the logits of `x` say of `targets`: nats, logsumexp, and whether it is first.
 
     A tie is not first. Logits are made `chunk` tokens a row at a time, see `NextToken`.
+    The token `without` has no probability.
     """
 
     def part(x, targets):
         logits = apply({"params": params}, x, method="logits").astype(jnp.float32)
-        lse = jax.nn.logsumexp(logits, axis=-1)
         ids = jnp.arange(logits.shape[-1])[None, None]
+        if without is not None:
+            logits = jnp.where(ids == without, -jnp.inf, logits)
+        lse = jax.nn.logsumexp(logits, axis=-1)
         # As a sum and no look-up, so that a vocabulary may lie on several devices.
         own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
         right = (logits >= own[..., None]).sum(-1) == 1

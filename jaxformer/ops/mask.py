@@ -245,6 +245,21 @@ class BlockDiffusion(Mask):
             )
 
 
+class Twice(Mask):
+    """A mask of one sequence for [noisy, clean] halves of it: each half sees both so."""
+
+    mask: Mask
+
+    def visible(self, q, k, lengths):
+        halves = (lengths[0] // 2, lengths[1] // 2)
+        return self.mask.visible(q % halves[0], k % halves[1], halves)
+
+    def check(self, T, S):
+        if T % 2 or S % 2:
+            raise ValueError(f"Twice takes two halves of queries and keys; got {T} and {S}")
+        self.mask.check(T // 2, S // 2)
+
+
 class And(Mask):
     """What both masks show."""
 

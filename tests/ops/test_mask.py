@@ -12,9 +12,11 @@ from jaxformer.ops.mask import (
     BlockDiffusion,
     Causal,
     Full,
+    Positions,
     Prefix,
     Segments,
     Spans,
+    Twice,
     Window,
 )  # fmt: skip
 
@@ -205,3 +207,19 @@ def test_the_ranges_of_random_masks_are_their_meaning(data):
         check_intervals(mask, T, S)
     except NotImplementedError as error:
         assert "ranges of keys a query" in str(error)
+
+
+def test_positions_are_data():
+    q, k = jnp.array([[0, 1, 2, 3, -1]]), jnp.array([[3, 0, -1, 1, 2]])
+    assert picture(Positions(q, k)) == "01000 01010 01011 11011 00000"
+    assert picture(Positions(q, k, window=2)) == "01000 01010 00011 10001 00000"
+    with pytest.raises(ValueError, match=r"Positions.k has shape \(1, 5\) and must have 6"):
+        Positions(q, k).dense(5, 6)
+
+
+def test_both_halves_see_both_as_one_sees_itself():
+    mask = Twice(Causal()).dense(4, 4)[0].astype(int)
+    rows = ["".join(map(str, row)) for row in np.asarray(mask)]
+    assert rows == ["1010", "1111", "1010", "1111"]
+    with pytest.raises(ValueError, match="Twice takes two halves"):
+        Twice(Causal()).dense(3, 3)

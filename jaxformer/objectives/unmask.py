@@ -1,0 +1,346 @@
+"""Masked diffusion: a bound of a text's likelihood, by guessing what is masked in it.
+
+The bound is an integral over time of the nats of all masked tokens, by the schedule's rate.
+Where little is masked the rate has no limit. Others leave the first thousandth out, and
+report less than a bound. Here, below `floor`, what is masked at `floor` is shown in one
+step, which is a step of the same bound: one draw estimates all of it without bias, and no
+weight is above `1 / floor`. Masking exactly k of n tokens, k evenly from 1 to n and weight
+`n / k`, has the same mean as the integral without any floor (LLaDA, arXiv 2502.09992).
+
+A guess has the form SUBS (MDLM, arXiv 2406.07524): what is seen stays, and the mask itself
+is never guessed.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer import metrics
+from jaxformer.errors import InputError
+from jaxformer.objectives.next_token import scores
+from jaxformer.objectives.schedules import Clipped, Linear, Schedule
+from jaxformer.ops import intervals
+from jaxformer.ops.draw import uniform
+from jaxformer.ops.mask import BlockDiffusion, Mask, Segments, Twice
+
+FLOOR = 1e-3
+LINEAR = Linear()
+
+
+class Noisy(struct.PyTreeNode):
+    """Tokens of which some are masked; what the nats of each weigh, 0 where it is seen.
+
+    The sum of `weight * nats` over a row estimates the row's bound, but for
+    `unmasked_at_end * log V` a token. `share` is the mean probability of being masked.
+    """
+
+    tokens: Int[Array, "B T"]
+    weight: Float[Array, "B T"]
+    share: Float[Array, "B T"]
+
+
+def times(key: Array, *shape: int) -> Float[Array, "..."]:
+    """Times in (0, 1), as many as `shape` says, one in each of so many equal parts.
+
+    Each is uniform by itself, and a mean over all of them varies far less than over
+    independent ones. The parts of one row lie in no order.
+    """
+    n = math.prod(shape)
+    where, inside = jax.random.split(key)
+    part = jax.random.permutation(where, n).astype(jnp.float32)
+    found = (part + uniform(inside, (n,))) / n
+    return jnp.clip(found, 2.0**-24, 1.0).reshape(shape)
+
+
+def by_time(
+    tokens: Int[Array, "B T"],
+    key: Array,
+    *,
+    mask_id: int,
+    schedule: Schedule = LINEAR,
+    block: int | None = None,
+    hidden: Bool[Array, "B T"] | None = None,
+    floor: float = FLOOR,
+) -> Noisy:
+    """Masks each token with the probability of a time, drawn for a row, or for each block.
+
+    Args:
+      tokens: rows.
+      key: of the draw.
+      mask_id: the token that says "masked".
+      schedule: see `objectives.schedules`.
+      block: tokens a block, which divides T; a row is one block if not given.
+      hidden: which tokens may be masked; all if not given.
+      floor: the time below which all is shown in one step.
+    """
+    B, T = tokens.shape
+    drawn, which = jax.random.split(key)
+    size = T if block is None else block
+    t = jnp.repeat(times(drawn, B, T // size), size, axis=1)
+    late = jnp.maximum(t, floor)
+    share = schedule.masked(late)
+    hides = uniform(which, (B, T)) < share
+    hides = hides if hidden is None else hides & hidden
+    clipped = isinstance(schedule, Clipped)
+    rate = schedule.rate(late)
+    rate = rate if clipped else jnp.where(t < floor, 1 / floor, rate)
+    return Noisy(jnp.where(hides, mask_id, tokens), jnp.where(hides, rate, 0), share)
+
+
+def by_count(
+    tokens: Int[Array, "B T"],
+    key: Array,
+    *,
+    mask_id: int,
+    block: int | None = None,
+    hidden: Bool[Array, "B T"] | None = None,
+) -> Noisy:
+    """Masks exactly k of the n tokens that may be, in each row or block; args as `by_time`."""
+    B, T = tokens.shape
+    drawn, which = jax.random.split(key)
+    size = T if block is None else block
+    may = jnp.ones((B, T), bool) if hidden is None else hidden
+    may = may.reshape(B, -1, size)
+    n = may.sum(-1, keepdims=True)
+    k = jnp.ceil(times(drawn, B, T // size)[..., None] * n)
+    order = jnp.where(may, jax.random.uniform(which, may.shape), 2)
+    rank = jnp.argsort(jnp.argsort(order, -1), -1)
+    hides = (may & (rank < k)).reshape(B, T)
+    weight = jnp.broadcast_to(n / jnp.maximum(k, 1), may.shape).reshape(B, T)
+    share = jnp.broadcast_to(k / jnp.maximum(n, 1), may.shape).reshape(B, T)
+    return Noisy(jnp.where(hides, mask_id, tokens), jnp.where(hides, weight, 0), share)
+
+
+def nats(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], mask_id: int
+) -> Float[Array, "B T"]:
+    """What a guess by `logits` costs; the mask is never guessed. Float32 at least."""
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    ids = jnp.arange(logits.shape[-1])[None, None]
+    logits = jnp.where(ids == mask_id, -jnp.inf, logits.astype(dtype))
+    own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - own
+
+
+def loss(
+    denoise: Callable[[Array, Array], Array],
+    tokens: Int[Array, "B T"],
+    key: Array,
+    *,
+    mask_id: int,
+    schedule: Schedule = LINEAR,
+    weight: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """An estimate of the bound, nats a token, of any function that guesses.
+
+    Args:
+      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`.
+      tokens: rows, none of them masked.
+      key: of the draw.
+      mask_id: the token that says "masked".
+      schedule: see `objectives.schedules`.
+      weight: 0 for padding and for what is given, which is never masked; else 1.
+    """
+    hidden = None if weight is None else weight > 0
+    noisy = by_time(tokens, key, mask_id=mask_id, schedule=schedule, hidden=hidden)
+    logits = denoise(noisy.tokens, noisy.share[:, 0])
+    each = jnp.where(noisy.weight > 0, nats(logits, tokens, mask_id), 0)
+    count = tokens.size if weight is None else jnp.maximum(weight.sum(), 1)
+    end = schedule.unmasked_at_end * math.log(logits.shape[-1] - 1)
+    hits = (noisy.weight > 0).astype(jnp.float32)
+    found = {
+        "masked_nats": each.sum() / jnp.maximum(hits.sum(), 1),
+        "masked": hits.sum() / count,
+    }
+    return (each * noisy.weight).sum() / count + end, found
+
+
+def exact(
+    denoise: Callable[[Array, Array], Array], tokens: Int[Array, " T"], *, mask_id: int
+) -> Float[Array, ""]:
+    """The bound of one short text itself, nats, by every set of masked tokens.
+
+    A set of `m` of `n` tokens weighs `(m - 1)! (n - m)! / n!`. For up to 16 tokens.
+    """
+    (n,) = tokens.shape
+    if n > 16:
+        raise InputError(f"exact takes 2 ** T sets, and T={n}; give 16 tokens or fewer")
+    sets = np.array(list(itertools.product([False, True], repeat=n)))[1:]
+    m = sets.sum(1)
+    ways = [math.factorial(i - 1) * math.factorial(n - i) / math.factorial(n) for i in m]
+    rows = jnp.broadcast_to(tokens[None], sets.shape)
+    logits = denoise(jnp.where(sets, mask_id, rows), jnp.asarray(m / n))
+    each = jnp.where(sets, nats(logits, rows, mask_id), 0)
+    return (each.sum(1) * jnp.asarray(ways, each.dtype)).sum()
+
+
+def least_variance(
+    nats_of: Callable[[Array, Array], Array],
+    tokens: Int[Array, "B T"],
+    key: Array,
+    *,
+    mask_id: int,
+    block: int | None = None,
+    width: float = 0.5,
+    step: float = 0.05,
+) -> Clipped:
+    """The `Clipped` schedule under which the loss of a row varies least.
+
+    Of all intervals of at least `width` whose ends are multiples of `step`; `nats_of(noisy,
+    tokens) -> [B, T]`. Source: BD3-LM, arXiv 2503.09573, whose grid and steps these are.
+    """
+    ends = np.arange(0, 1 + step / 2, step)
+    best = None
+    for low, high in itertools.product(ends, ends):
+        if high - low < width - step / 2:
+            continue
+        schedule = Clipped(max(float(low), FLOOR), float(high))
+        noisy = by_time(tokens, key, mask_id=mask_id, schedule=schedule, block=block)
+        each = jnp.where(noisy.weight > 0, nats_of(noisy.tokens, tokens), 0)
+        variance = float((each * noisy.weight).mean(1).var())
+        if best is None or variance < best[0]:
+            best = (variance, schedule)
+    assert best is not None
+    return best[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmask:
+    """Learns to guess what is masked in `batch["tokens"]`; batches as of `NextToken`.
+
+    What `answer` leaves out, a prompt, is seen always. With a `block` it is block diffusion
+    (BD3-LM, arXiv 2503.09573): each block is guessed by itself and by the clean blocks
+    before it; `block=1` is a model of the next token, and `block=T` masked diffusion.
+    Segments then begin where blocks do.
+
+    Evaluation draws by count, `samples` times a batch, and is the bound itself. A model with
+    `time`, see `models.mdlm`, is called with `share`, how much of a row is masked.
+    """
+
+    mask_id: int
+    schedule: Schedule = LINEAR
+    draw: Literal["time", "count"] = "time"
+    block: int | None = None
+    chunk: int | None = 128
+    samples: int = 1
+    inputs: tuple[str, ...] = ("tokens",)
+
+    def check(self, model: Any, pipeline: Any) -> None:
+        """Raises InputError where mask, data and model do not fit."""
+        if not 0 <= self.mask_id < model.vocab:
+            raise InputError(
+                f"mask_id={self.mask_id} is no token of model.vocab={model.vocab}; the mask "
+                "needs an id of its own, such as the last"
+            )
+        vocab = getattr(pipeline.source, "vocab", None)
+        if vocab is not None and vocab > self.mask_id:
+            raise InputError(
+                f"the data has ids up to {vocab - 1}, which leaves no id for the mask, "
+                f"mask_id={self.mask_id}; set mask_id={vocab} and model.vocab={vocab + 1}"
+            )
+        if model.causal:
+            raise InputError("a model that unmasks sees both ways; set model.causal=False")
+
+    def loss(
+        self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The bound, nats a token that may be masked; see `NextToken.loss` for the args."""
+        drawn, key = jax.random.split(key)
+        hidden = learned(batch)
+        noisy = self._noisy(batch["tokens"], drawn, hidden, self.draw)
+        options = {"train": True, "rngs": {"dropout": key}}
+        each, right = self._guess(apply, params, batch, noisy, options)
+        hits = noisy.weight > 0
+        total = jnp.maximum(hidden.sum(), 1)
+        masked = jnp.maximum(hits.sum(), 1)
+        found = {
+            "masked_nats": jnp.where(hits, each, 0).sum() / masked,
+            "accuracy": (hits & right).sum() / masked,
+        }
+        return jnp.where(hits, each * noisy.weight, 0).sum() / total, found
+
+    def measure(
+        self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
+    ) -> metrics.Metrics:
+        """The bound: nats a token, perplexity, and `bits_per_byte` where there are `bytes`."""
+        hidden = learned(batch)
+        total = jnp.zeros(())
+        for i in range(self.samples):
+            drawn = jax.random.fold_in(key, i)
+            noisy = self._noisy(batch["tokens"], drawn, hidden, "count")
+            each, _ = self._guess(apply, params, batch, noisy, {})
+            total += jnp.where(noisy.weight > 0, each * noisy.weight, 0).sum() / self.samples
+        count = hidden.sum(dtype=jnp.int32)
+        found: metrics.Metrics = {
+            "loss": metrics.Mean(total, count),
+            "perplexity": metrics.Perplexity(total, count),
+        }
+        if "bytes" in batch:
+            size = jnp.where(hidden, batch["bytes"], 0).sum(dtype=jnp.int32)
+            found["bits_per_byte"] = metrics.Mean(total / math.log(2), size)
+        return found
+
+    def _noisy(self, tokens, key, hidden, draw) -> Noisy:
+        T = tokens.shape[1]
+        if self.block is not None and T % self.block:
+            raise InputError(f"block={self.block} must divide the row of {T} tokens")
+        how: dict[str, Any] = {"mask_id": self.mask_id, "block": self.block, "hidden": hidden}
+        if draw == "count":
+            return by_count(tokens, key, **how)
+        return by_time(tokens, key, schedule=self.schedule, **how)
+
+    def _guess(self, apply, params, batch, noisy: Noisy, options):
+        tokens, given = noisy.tokens, dict(options)
+        if self.block is None:
+            given |= {n: batch[n] for n in ("segments",) if n in batch}
+        else:
+            tokens, more = two_streams(tokens, batch["tokens"], self.block, batch)
+            given |= more
+        x = apply({"params": params}, tokens, method="hidden", **given)
+        x = x[:, : batch["tokens"].shape[1]]
+        each, _, right = scores(
+            apply, params, x, batch["tokens"], self.chunk, without=self.mask_id
+        )
+        return each, right
+
+
+def learned(batch: dict[str, Array]) -> Bool[Array, "B T"]:
+    """Which tokens may be masked: no padding, and of conversations the answers."""
+    tokens = batch["tokens"]
+    found = jnp.ones(tokens.shape, bool)
+    if "segments" in batch:
+        found &= batch["segments"] != 0
+    if "answer" in batch:
+        found &= batch["answer"] != 0
+    if "weight" in batch:
+        found &= (batch["weight"] > 0)[:, None]
+    return found
+
+
+def two_streams(
+    noisy: Int[Array, "B T"],
+    clean: Int[Array, "B T"],
+    block: int,
+    batch: dict[str, Array] | None = None,
+) -> tuple[Int[Array, "B U"], dict[str, Any]]:
+    """Rows `[noisy, clean]` of block diffusion, and what a language model is given with them.
+
+    Both halves have the same positions. The first half of the result is that of `noisy`.
+    """
+    T = clean.shape[1]
+    mask: Mask = BlockDiffusion(block)
+    at = jnp.arange(T)[None]
+    segments = None if batch is None else batch.get("segments")
+    if segments is not None:
+        mask = mask & Twice(Segments(segments))
+        at = at - intervals.runs(segments)[0]
+    positions = jnp.concatenate([at, at], 1)
+    return jnp.concatenate([noisy, clean], 1), {"mask": mask, "positions": positions}

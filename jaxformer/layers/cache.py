@@ -135,8 +135,9 @@ def empty(
     def blank(kv: KV) -> KV:
         S = length if kv.window is None else min(length, kv.window + spare)
         *lead, _, K, H = kv.k.shape
-        zeros = jnp.zeros((*lead, S, K, H), kv.k.dtype)
-        return kv.replace(k=zeros, v=zeros, positions=jnp.full((*lead, S), -1, jnp.int32))
+        # Two arrays, so that both may be given away.
+        k, v = (jnp.zeros((*lead, S, K, H), kv.k.dtype) for _ in range(2))
+        return kv.replace(k=k, v=v, positions=jnp.full((*lead, S), -1, jnp.int32))
 
     return jax.tree.map(blank, seen, is_leaf=lambda x: isinstance(x, KV))
 

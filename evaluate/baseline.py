@@ -1,7 +1,8 @@
-"""What raw pixels are worth: `python -m evaluate.baseline glyphs`.
+"""What raw pixels and bytes are worth: `python -m evaluate.baseline glyphs`, or `stdlib`.
 
 k-nearest neighbours and logistic regression of scikit-learn, on the split that a config
-trains and tests on, without augmentation: what a model has to beat.
+trains and tests on, without augmentation: what a model has to beat. For text, see
+`compressors`.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from evaluate import compressors
+from jaxformer.data.corpus import Stdlib
 from jaxformer.data.glyphs import FAMILIES, Glyphs
 from jaxformer.data.images import Normalize
 from jaxformer.data.sources import Digits
@@ -71,34 +74,55 @@ def _arrays(source: Digits | Glyphs) -> tuple[np.ndarray, np.ndarray]:
     return images, np.array([record["label"] for record in records])
 
 
+def texts() -> tuple[Stdlib, Stdlib]:
+    """The training and the test split of text."""
+    return Stdlib("train"), Stdlib("test")
+
+
+def rows(name: str, held: str) -> Iterator[dict]:
+    """Prints what there is and a line a baseline; yields each as a dict."""
+    if name == "stdlib":
+        train, test = texts()
+        sizes = [sum(len(s[i]["text"].encode()) for i in range(len(s))) for s in (train, test)]
+        print(
+            f"stdlib: {sizes[0]} bytes of {len(train)} files to learn from, {sizes[1]} of "
+            f"{len(test)} to test"
+        )
+        for row in compressors.baselines(train, test):
+            bits = f"{row['bits_per_byte']:.4f} bits a byte"
+            print(f"  {row['baseline']:<22} {bits}  {row['seconds']:.1f} s", flush=True)
+            yield row
+        return
+    train, test = sources(name, held)
+    print(
+        f"{name}{f', {held} held out' if name == 'glyphs' else ''}: {len(train)} images of "
+        f"{train.num_classes} classes to learn from, {len(test)} to test"
+    )
+    for row in baselines(train, test):
+        print(
+            f"  {row['baseline']:<22} {row['top1']:.4f}  {row['right']} of {row['count']}"
+            f"  {row['seconds']:.1f} s",
+            flush=True,
+        )
+        yield row
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints a line a baseline; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluate.baseline",
-        description="k-nearest neighbours and logistic regression on raw pixels.",
+        description="k-nearest neighbours and regression on pixels; xz and an n-gram on text.",
     )
-    parser.add_argument("data", choices=("glyphs", "digits"))
+    parser.add_argument("data", choices=("glyphs", "digits", "stdlib"))
     parser.add_argument("--held", choices=tuple(FAMILIES), default="STIX", help="of glyphs")
     parser.add_argument("--json", help="a file for the same numbers")
     args = parser.parse_args(argv)
     try:
-        train, test = sources(args.data, args.held)
-        held = f", {args.held} held out" if args.data == "glyphs" else ""
-        print(
-            f"{args.data}{held}: {len(train)} images of {train.num_classes} classes to learn "
-            f"from, {len(test)} to test"
-        )
-        rows = []
-        for row in baselines(train, test):
-            rows.append(row)
-            print(
-                f"  {row['baseline']:<22} {row['top1']:.4f}  {row['right']} of {row['count']}"
-                f"  {row['seconds']:.1f} s",
-                flush=True,
-            )
+        made = list(rows(args.data, args.held))
         if args.json:
-            found = {"data": args.data, "held": args.held if held else None}
-            found |= {"machine": platform.machine(), "baselines": rows}
+            held = args.held if args.data == "glyphs" else None
+            found = {"data": args.data, "held": held}
+            found |= {"machine": platform.machine(), "baselines": made}
             path = pathlib.Path(args.json)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=2) + "\n")

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -61,6 +62,7 @@ class Trained:
     mesh: Mesh
     rules: sharding.Rules
     batch_size: int = 256
+    model: nn.Module | None = None  # whose `apply` it is, where a task needs more of it.
 
     def collect(self, function: Callable[..., Any], pipeline: Pipeline) -> Any:
         """What `function` makes of every record, in order: arrays `[N, ...]` on the host.
@@ -116,10 +118,14 @@ class Trained:
 
 def run_tasks(experiment: Experiment, made: Setup, params: Any) -> dict[str, metrics.Metrics]:
     """What every task of an experiment finds about these parameters."""
-    trained = Trained(
-        experiment.model.apply, params, made.mesh, made.rules, experiment.eval_batch_size
-    )
-    return {name: task.run(trained) for name, task in experiment.tasks.items()}
+    found = trained(experiment, made, params)
+    return {name: task.run(found) for name, task in experiment.tasks.items()}
+
+
+def trained(experiment: Experiment, made: Setup, params: Any) -> Trained:
+    """An experiment's model with these parameters, where they are."""
+    model, size = experiment.model, experiment.eval_batch_size
+    return Trained(model.apply, params, made.mesh, made.rules, size, model)
 
 
 def evaluate_checkpoint(

@@ -8,6 +8,7 @@ batches hold for text as for images.
 
 import bisect
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,11 +102,8 @@ class Windows(Reopened):
         for number, part in enumerate(self.tokens.parts):
             begin = 0
             for end in part.ends.tolist():
-                counted, start = begin + 1, begin
-                while counted < end:
-                    stop = min(start + self.length, end)
-                    places.append((number, start, stop, counted))
-                    counted, start = stop, start + self.stride
+                found = windows(begin, end, self.length, self.stride)
+                places += [(number, *place) for place in found]
                 begin = end
         return places
 
@@ -119,6 +117,15 @@ class Windows(Reopened):
         part = self.tokens.parts[number]
         where = f"window {index}"
         return _record(self.tokens, part, start, stop, self.length, record, where)
+
+
+def windows(begin: int, end: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first that counts) of a document's windows, see `Windows`."""
+    counted, start = begin + 1, begin
+    while counted < end:
+        stop = min(start + length, end)
+        yield start, stop, counted
+        counted, start = stop, start + stride
 
 
 def _record(

@@ -1,0 +1,263 @@
+"""Drawing by masked diffusion: guesses for all that is masked, some of them shown a step.
+
+`sample(denoise, tokens, key, mask_id=..., show=Count(16))` fills what is masked in `tokens`,
+wherever it stands: after a prompt, before an ending, in the middle. One program, static
+shapes; a row is drawn by its own key and does not depend on the others.
+
+What is shown in a step is the choice of a `show`: `Chance` (ancestral, MDLM, arXiv
+2406.07524), `Count` (LLaDA, 2502.09992; MaskGIT, 2202.04200; Dream, 2508.15487), `Above`
+(Fast-dLLM, 2505.22618) or `Bound` (EB-Sampler, 2505.24857).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformer.errors import InputError
+from jaxformer.objectives.schedules import Linear, Schedule
+from jaxformer.ops.draw import uniform
+from jaxformer.samplers.logits import PLAIN, Law
+
+Denoise = Callable[[Int[Array, "B T"], Float[Array, " B"]], Float[Array, "B T V"]]
+Rank = Literal["confidence", "margin", "entropy", "random"]
+LINEAR = Linear()
+
+
+class Step(struct.PyTreeNode):
+    """What a choice is made by: one row at one step.
+
+    `open` are the masked tokens of the block at work, of which there were `total` when it
+    began; `number` counts the block's steps from 0. `logits` are those of the law, `token`
+    is what was drawn from it, `chance` the model's own probability of that.
+    """
+
+    open: Bool[Array, " T"]
+    total: Int[Array, ""]
+    number: Int[Array, ""]
+    logits: Float[Array, "T V"]
+    token: Int[Array, " T"]
+    chance: Float[Array, " T"]
+    key: Array
+
+
+@runtime_checkable
+class Show(Protocol):
+    """Which of the open tokens of a row are shown; at least one a step on the whole."""
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks them."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """As many as it takes to be done in `steps` a block, first those of the best rank.
+
+    By "confidence", the probability of what was drawn; its "margin" over the second best;
+    the least "entropy"; or at "random", which one token a step makes the exact law of a
+    model without time.
+    """
+
+    steps: int
+    rank: Rank = "confidence"
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"steps={self.steps} must be 1 or more")
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks them."""
+        left = jnp.maximum(self.steps - step.number, 1)
+        count = -(-step.open.sum() // left)
+        return _first(count, _rank(step, self.rank), step.open)
+
+
+@dataclasses.dataclass(frozen=True)
+class Above:
+    """All whose drawn token is at least as probable as `chance`, and the most probable one."""
+
+    chance: float = 0.9
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks them."""
+        best = _first(jnp.ones((), jnp.int32), step.chance, step.open)
+        return best | (step.open & (step.chance >= self.chance))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Those of least entropy, while the entropies before the last sum to `nats` or less.
+
+    So much at most is lost by drawing them independently of each other.
+    """
+
+    nats: float = 0.1
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks them."""
+        entropy = jnp.where(step.open, -_rank(step, "entropy"), jnp.inf)
+        order = jnp.argsort(entropy)
+        sums = jnp.cumsum(entropy[order])
+        kept = jnp.concatenate([jnp.ones(1, bool), sums[:-1] <= self.nats])
+        return jnp.zeros(len(order), bool).at[order].set(kept) & step.open
+
+
+@dataclasses.dataclass(frozen=True)
+class Chance:
+    """Each by a draw of its own, as the schedule has it: ancestral sampling in `steps`.
+
+    All that is left is shown in the last step.
+    """
+
+    steps: int
+    schedule: Schedule = LINEAR
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise InputError(f"steps={self.steps} must be 1 or more")
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks them."""
+        ends = 1 - (step.number + jnp.arange(2)) / self.steps
+        now, then = self.schedule.masked(jnp.maximum(ends, 0.0))
+        chance = jnp.where(step.number + 1 < self.steps, 1 - then / now, 2.0)
+        return step.open & (uniform(step.key, step.open.shape) < chance)
+
+
+class Filled(struct.PyTreeNode):
+    """`tokens` `[B, T]`; `shown` `[B, T]`, the step that showed each, -1 if it was given;
+    `steps`, how many times the model was called."""
+
+    tokens: Int[Array, "B T"]
+    shown: Int[Array, "B T"]
+    steps: Int[Array, ""]
+
+
+def sample(
+    denoise: Denoise,
+    tokens: Int[Array, "B T"],
+    key: Array,
+    *,
+    mask_id: int,
+    show: Show,
+    law: Law = PLAIN,
+    block: int | None = None,
+    end: int | None = None,
+    most: int | None = None,
+) -> Filled:
+    """Fills what is masked.
+
+    Args:
+      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`; see `guided`.
+      tokens: what is given, and `mask_id` where it is to be filled.
+      key: one, of which each row gets its own by number, or a key for each row `[B]`.
+      mask_id: the token that says "masked"; it is never drawn.
+      show: which are shown in a step.
+      law: what is made of the logits before one draws; penalties for repetition are none.
+      block: if given, blocks of so many tokens are filled one after the other.
+      end: if given, what follows a shown `end` becomes `end`, once all before it is shown.
+      most: of steps, after which what is masked stays; no bound if not given.
+
+    Raises:
+      InputError: blocks that do not divide T; a penalty; tokens without a mask, where they
+        are at hand.
+    """
+    B, T = tokens.shape
+    size = T if block is None else block
+    if T % size:
+        raise InputError(f"block={block} must divide the canvas of {T} tokens")
+    if law.looks_back:
+        raise InputError("unmasking has no order; set repetition=1 in its law")
+    if not isinstance(tokens, Tracer):
+        none = (tokens != mask_id).all(1)
+        if none.any():
+            raise InputError(
+                f"row {int(none.argmax())} has nothing masked: put mask_id={mask_id} where "
+                "tokens are to be filled in"
+            )
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    of = jnp.arange(T) // size
+
+    def openings(tokens):
+        masked = tokens == mask_id
+        first = jnp.where(masked, of[None], T).min(1, keepdims=True)
+        return masked & (of[None] == first), first[:, 0]
+
+    def go_on(carry):
+        state, *_, step = carry
+        some = (state[0] == mask_id).any()
+        return some if most is None else some & (step < most)
+
+    def body(carry):
+        (tokens, shown), block_of, total, number, step = carry
+        opened, first = openings(tokens)
+        fresh = first != block_of
+        total = jnp.where(fresh, opened.sum(1), total)
+        number = jnp.where(fresh, 0, number)
+        logits = denoise(tokens, (tokens == mask_id).mean(1))
+        V = logits.shape[-1]
+        logits = logits.astype(jnp.float32)
+        logits = jnp.where(jnp.arange(V)[None, None] == mask_id, -jnp.inf, logits)
+
+        def row(key, logits, tokens, opened, total, number):
+            draws, picks = jax.random.split(jax.random.fold_in(key, step))
+            token = law.draw(jax.random.split(draws, T), logits)
+            chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], 1)[:, 0]
+            state = Step(opened, total, number, logits, token, chance, picks)
+            return jnp.where(show.pick(state), token, tokens)
+
+        new = jax.vmap(row)(keys, logits, tokens, opened, total, number)
+        if end is not None:
+            before = jnp.cumsum(new == mask_id, 1) == 0
+            over = jnp.cumsum((new == end) & before, 1) > 0
+            new = jnp.where(over & (new == mask_id), end, new)
+        shown = jnp.where((new != tokens) & (tokens == mask_id), step, shown)
+        return (new, shown), first, total, number + 1, step + 1
+
+    zeros = jnp.zeros(B, jnp.int32)
+    start = ((tokens, jnp.full((B, T), -1, jnp.int32)), zeros - 1, zeros, zeros, jnp.int32(0))
+    (tokens, shown), *_, steps = jax.lax.while_loop(go_on, body, start)
+    return Filled(tokens, shown, steps)
+
+
+def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: int) -> Denoise:
+    """Guidance without a classifier: away from what is guessed where `given` is masked too.
+
+    Logits are `without + (1 + scale) (with - without)`: LLaDA's; 0 is no guidance.
+    Source: Nie et al. 2024, arXiv 2410.18514.
+    """
+
+    def denoise_both(tokens, share):
+        both = jnp.concatenate([tokens, jnp.where(given, mask_id, tokens)])
+        with_it, without = jnp.split(denoise(both, (both == mask_id).mean(1)), 2)
+        return without + (1 + scale) * (with_it - without)
+
+    return denoise_both
+
+
+def _first(count, score, open: Bool[Array, " T"]) -> Bool[Array, " T"]:
+    """Marks the `count` open ones of the greatest score; ties go to the first."""
+    order = jnp.argsort(jnp.where(open, -score, jnp.inf))
+    rank = jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order)))
+    return open & (rank < count)
+
+
+def _rank(step: Step, by: Rank) -> Float[Array, " T"]:
+    """What is shown first has the greatest."""
+    if by == "confidence":
+        return step.chance
+    if by == "random":
+        return jax.random.uniform(step.key, step.open.shape)
+    if by == "margin":
+        first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(step.logits), 2)[0], -1, 0)
+        return first - second
+    if by == "entropy":
+        log = jax.nn.log_softmax(step.logits)
+        return jnp.where(jnp.isneginf(log), 0, jnp.exp(log) * log).sum(-1)
+    raise InputError(f"rank={by!r} must be one of confidence, margin, entropy, random")

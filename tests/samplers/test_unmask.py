@@ -1,0 +1,186 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxformer.errors import InputError
+from jaxformer.objectives.schedules import Cosine
+from jaxformer.samplers.logits import GREEDY, Law
+from jaxformer.samplers.unmask import Above, Bound, Chance, Count, guided, sample
+
+N, V = 3, 3
+MASK = V
+LAW = np.random.default_rng(0).dirichlet(np.full(V**N, 0.5)).reshape((V,) * N)
+
+
+def tables():
+    """The exact conditionals' logits of every canvas: `[(V + 1) ** N, N, V + 1]`."""
+    found = []
+    for row in itertools.product(range(V + 1), repeat=N):
+        seen = tuple(slice(None) if t == MASK else slice(t, t + 1) for t in row)
+        logits = np.zeros((N, V + 1))
+        for i in range(N):
+            mass = LAW[seen].sum(tuple(a for a in range(N) if a != i))
+            logits[i, :V] = np.log(mass) if len(mass) == V else 0
+            logits[i, V] = 9  # The mask, which is never drawn.
+        found.append(logits)
+    return jnp.asarray(np.array(found), jnp.float32)
+
+
+TABLES = tables()
+
+
+def truth(tokens, share):
+    return TABLES[tokens @ (V + 1) ** jnp.arange(N)[::-1]]
+
+
+def empty(rows):
+    return jnp.full((rows, N), MASK)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "show", "block"))
+def drawn(key, rows, show, block=None):
+    return sample(truth, empty(rows), key, mask_id=MASK, show=show, block=block)
+
+
+ROWS = 8_000
+
+
+@pytest.mark.parametrize(
+    ("show", "block"),
+    [(Count(N, "random"), None), (Count(N), None), (Bound(0.0), None), (Count(1), 1)],
+    ids=str,
+)
+def test_one_token_a_step_draws_the_exact_law(show, block):
+    """In any order that is not chosen by the token that was drawn."""
+    if show == Count(N):  # Confidence is of the token drawn: it leans to the likely.
+        show = Count(N, "margin")
+    made = drawn(jax.random.key(0), ROWS, show, block)
+    number = np.asarray(made.tokens) @ V ** np.arange(N)[::-1]
+    found = np.bincount(number, minlength=V**N) / ROWS
+    error = 4 * np.sqrt(LAW.ravel() * (1 - LAW.ravel()) / ROWS) + 1e-3
+    assert (np.abs(found - LAW.ravel()) < error).all()
+    assert (np.sort(np.asarray(made.shown), 1) == np.arange(N)).all() and made.steps == N
+
+
+@pytest.mark.parametrize(
+    "schedule", [None, pytest.param(Cosine(), marks=pytest.mark.slow)], ids=str
+)
+def test_ancestral_draws_come_near_it_with_steps(schedule):
+    options = {} if schedule is None else {"schedule": schedule}
+
+    def distance(steps):
+        made = drawn(jax.random.key(1), ROWS, Chance(steps, **options))
+        number = np.asarray(made.tokens) @ V ** np.arange(N)[::-1]
+        return np.abs(np.bincount(number, minlength=V**N) / ROWS - LAW.ravel()).sum() / 2
+
+    one, many = distance(1), distance(24)
+    independent = np.array(LAW.sum((1, 2)))[:, None, None] * LAW.sum((0, 2))[None, :, None]
+    independent = independent * LAW.sum((0, 1))[None, None]
+    assert one == pytest.approx(np.abs(independent - LAW).sum() / 2, abs=0.02)
+    assert many < 0.04 < one
+
+
+def peaked(tokens, share):
+    """A guess of 12 positions: the token of its number modulo 5, ever less surely."""
+    T = tokens.shape[1]
+    sure = 6.0 - 0.5 * jnp.arange(T)
+    logits = jax.nn.one_hot(jnp.arange(T) % 5, 7) * sure[:, None]
+    return jnp.broadcast_to(logits[None], (*tokens.shape, 7))
+
+
+@pytest.mark.parametrize(
+    ("show", "steps"),
+    [(Count(4), 4), (Above(0.9), 8), (Above(0.0), 1), (Above(1.1), 12), (Chance(5), 5)],
+    ids=str,
+)
+def test_how_many_steps_it_takes(show, steps):
+    tokens = jnp.full((2, 12), 6)
+    run = jax.jit(functools.partial(sample, peaked, mask_id=6, show=show, law=GREEDY))
+    made = run(tokens, jax.random.key(0))
+    assert made.steps <= steps and (made.tokens == jnp.arange(12)[None] % 5).all()
+    if show != Chance(5):
+        assert made.steps == steps
+    if isinstance(show, Count):  # The surest first, three a step.
+        assert made.shown[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_what_is_given_stays_wherever_it_stands():
+    tokens = jnp.array([[6, 6, 3, 3, 6, 6, 6, 1], [2, 2, 6, 6, 6, 6, 2, 2]])
+    made = sample(peaked, tokens, jax.random.key(0), mask_id=6, show=Count(2), law=GREEDY)
+    given = tokens != 6
+    assert (made.tokens[given] == tokens[given]).all() and (made.shown[given] == -1).all()
+    assert (made.tokens == jnp.where(given, tokens, jnp.arange(8)[None] % 5)).all()
+    assert (made.shown[~given] >= 0).all()
+
+
+def test_blocks_are_filled_one_after_the_other():
+    tokens = jnp.full((1, 12), 6).at[0, 5].set(1)
+    made = sample(
+        peaked, tokens, jax.random.key(0), mask_id=6, show=Count(2), block=4, law=GREEDY
+    )
+    assert made.shown[0].tolist() == [0, 0, 1, 1, 2, -1, 2, 3, 4, 4, 5, 5]
+
+
+def test_a_batch_is_drawn_as_its_rows_alone():
+    keys = jax.random.split(jax.random.key(0), 7)
+    tokens = jnp.where(jax.random.uniform(keys[0], (7, 8)) < 0.7, 6, 2).at[:, 0].set(6)
+    run = jax.jit(functools.partial(sample, peaked, mask_id=6, show=Above(0.6), block=4))
+    together = run(tokens, keys)
+    for i in range(7):
+        alone = run(tokens[i : i + 1], keys[i : i + 1])
+        assert (alone.tokens[0] == together.tokens[i]).all()
+
+
+def test_nothing_follows_the_end():
+    tokens = jnp.full((1, 12), 6).at[0, 3].set(5)
+    run = functools.partial(sample, peaked, mask_id=6, law=GREEDY, end=5)
+    made = run(tokens, jax.random.key(0), show=Count(12))
+    assert made.tokens[0].tolist() == [0, 1, 2, 5] + [5] * 8 and made.steps == 3
+
+
+def test_guidance_of_none_is_none_and_more_is_more():
+    tokens = jnp.array([[0, MASK, MASK]])
+    given = tokens != MASK
+    with_it, without = truth(tokens, None), truth(empty(1), None)
+    for scale in (0.0, 1.5):
+        found = guided(truth, given, scale, MASK)(tokens, jnp.ones(1))
+        expected = without + (1 + scale) * (with_it - without)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([[6, 1, 2]], {"block": 2}, "block=2 must divide the canvas of 3 tokens"),
+        ([[6, 1], [1, 1]], {}, "row 1 has nothing masked: put mask_id=6"),
+        ([[6, 1]], {"law": Law(repetition=1.2)}, "set repetition=1"),
+    ],
+)
+def test_what_cannot_be_is_told(tokens, options, message):
+    with pytest.raises(InputError, match=message):
+        sample(
+            peaked, jnp.array(tokens), jax.random.key(0), mask_id=6, show=Count(1), **options
+        )
+    with pytest.raises(InputError, match="steps=0 must be 1 or more"):
+        Count(0)
+
+
+def test_the_tail_is_drawn_as_often_as_it_weighs():
+    """A fifth of the mass, in entries of less than 1e-5; a step shows a few of many."""
+    V, T = 50_000, 256
+    head, tail = jnp.full(100, 0.8 / 100), jnp.full(V - 101, 0.2 / (V - 101))
+    logits = jnp.log(jnp.concatenate([head, tail, jnp.ones(1)]))
+
+    def guess(tokens, share):
+        return jnp.broadcast_to(logits[None, None], (*tokens.shape, V))
+
+    tokens = jnp.full((1, T), V - 1)
+    run = functools.partial(sample, guess, mask_id=V - 1, show=Chance(50), most=10)
+    made = jax.jit(run)(tokens, jax.random.key(0))
+    seen = np.asarray(made.tokens[made.shown >= 0])
+    assert 20 < len(seen) < T / 2
+    assert abs((seen >= 100).mean() - 0.2) < 4 * np.sqrt(0.16 / len(seen))

@@ -86,7 +86,8 @@ def save(
             tensors = engine.tensors_of(family, model, params)
             files.write(pathlib.Path(path), config, tensors, shard_bytes)
             return
+    subject = f"{kind} cannot" if kind else "no family can"
     raise InputError(
-        f"{kind or 'no family'} can hold this {type(model).__name__}: its parts are not those "
-        f"of {kind or 'any of ' + ', '.join(sorted(FAMILIES))}"
+        f"{subject} hold this {type(model).__name__}: its parts are not those of "
+        f"{kind or 'any of ' + ', '.join(sorted(FAMILIES))}"
     )

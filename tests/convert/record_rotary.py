@@ -5,6 +5,7 @@ python -m tests.convert.record_rotary
 
 import json
 import pathlib
+from typing import Any
 
 FILE = pathlib.Path(__file__).with_name("rotary.json")
 LENGTH, HEAD_DIM, THETA = 256, 16, 1e4
@@ -20,7 +21,7 @@ LAWS = (
 )
 
 
-def config_of(law: dict) -> dict:
+def config_of(law: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that has this law, for a length of `LENGTH` tokens."""
     long = {"original_max_position_embeddings": LENGTH}
     law = law | (long if law["rope_type"] in ("yarn", "llama3") else {})

@@ -140,7 +140,7 @@ def test_a_model_of_ours_is_saved_and_loaded(tmp_path, key):
     params = jax.tree.map(
         lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), nn.unbox(shapes)
     )
-    with pytest.raises(InputError, match="timm can hold this Encoder"):
+    with pytest.raises(InputError, match="timm cannot hold this Encoder"):
         save(tmp_path, model, params, kind="timm")  # timm resizes with antialias.
     position = dataclasses.replace(model.embed.position, antialias=True)
     embed = dataclasses.replace(model.embed, channels=3, position=position)

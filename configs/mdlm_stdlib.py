@@ -1,0 +1,27 @@
+"""Masked diffusion on Python's standard library: decoder_stdlib.py, seeing both ways.
+
+Data: the running Python's library without its tests, as in decoder_stdlib.py.
+Model: the same decoder without the causal mask, trained by masked diffusion (MDLM, arXiv
+2406.07524; MD4, 2406.04329). Bits per byte are a bound, drawn by count, and above the truth.
+Expected: not measured yet. Command:
+    python -m train configs/mdlm_stdlib.py
+    python -m evaluate configs/mdlm_stdlib.py --checkpoint runs/mdlm_stdlib
+"""
+
+import dataclasses
+
+from configs.decoder_stdlib import experiment as decoder
+from jaxformer.experiment import Experiment
+from jaxformer.objectives.unmask import Unmask
+
+
+def experiment() -> Experiment:
+    """The decoder's experiment, by another objective; the mask is one more token."""
+    causal = decoder()
+    mask = causal.model.vocab
+    return dataclasses.replace(
+        causal,
+        model=causal.model.clone(vocab=mask + 1, causal=False),
+        objective=Unmask(mask, chunk=None, samples=4),
+        tasks={},
+    )

@@ -17,7 +17,7 @@ from jaxformer.layers.moe import Experts
 from jaxformer.layers.norm import LayerNorm, OneRMSNorm
 from jaxformer.models.decoder import Decoder
 from jaxformer.ops.activation import gelu_tanh
-from jaxformer.ops.rotary_scaling import Linear, Rotary
+from jaxformer.ops.rotary_scaling import Linear, Rotary, YaRN
 from tests.parity.case import RECORDED
 from tests.parity.test_parity import load
 
@@ -89,6 +89,13 @@ def test_a_decoder_that_no_family_has_is_refused(tmp_path):
     for model in (SMALL.clone(positions="alibi"), SMALL.clone(last_norm=False)):
         with pytest.raises(InputError, match="no family can hold this LanguageModel"):
             convert.save(tmp_path, model, random(model))
+
+
+def test_a_length_is_no_part_of_a_model(tmp_path):
+    """It is what is checked: YaRN's config says how far it goes, whatever the model took."""
+    model = SMALL.clone(rotary=Rotary(1e4, YaRN(4.0, 32)))
+    convert.save(tmp_path, model, random(model), kind="llama")
+    assert convert.load(tmp_path)[0].length == 128
 
 
 def rewritten(tmp_path, name, change, **config):

@@ -7,7 +7,7 @@ Expected: not measured yet. `python -m evaluate.baseline stdlib` says what xz an
 n-gram make of the same bytes. Command:
     python -m train configs/decoder_stdlib.py
     python -m evaluate configs/decoder_stdlib.py --checkpoint runs/decoder_stdlib
-    python -m evaluate.completions configs/decoder_stdlib.py --checkpoint runs/decoder_stdlib
+    python -m evaluate.complete configs/decoder_stdlib.py --checkpoint runs/decoder_stdlib
 """
 
 from evaluate.completions import Completions

@@ -1,24 +1,19 @@
-"""Functions of Python that a model completes: how many of them parse, and what they say.
+"""Functions of Python that a model completes: how many of them parse.
 
-`python -m evaluate.completions CONFIG.py --checkpoint DIR` prints some of those that the
-config's task of this kind makes.
+`python -m evaluate.complete` prints some of them.
 """
 
-import argparse
 import ast
-import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from evaluate.generate import generate
-from evaluate.run import Trained, restored, trained
+from evaluate.run import Trained
 from jaxformer import metrics
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
-from jaxformer.experiment import load
 from jaxformer.samplers.logits import Law
 
 COOL = Law(temperature=0.5)
@@ -133,33 +128,3 @@ def parses(text: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints completions; returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m evaluate.completions")
-    parser.add_argument("config", help="the config that the run was trained with")
-    parser.add_argument("overrides", nargs="*", help="the run's, such as model.depth=8")
-    parser.add_argument("--checkpoint", required=True, help="a run's directory")
-    parser.add_argument("--step", type=int, help="default: the last")
-    parser.add_argument("--count", type=int, default=4, help="how many to print")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        tasks = [t for t in experiment.tasks.values() if isinstance(t, Completions)]
-        if not tasks:
-            raise InputError(f"{args.config}: has no task that is Completions; add one")
-        task = dataclasses.replace(tasks[0], files=args.count)
-        _, made, params = restored(experiment, args.checkpoint, args.step)
-        for prompt, text, _ in task.complete(trained(experiment, made, params)):
-            told = "parses" if parses(text) else "does not parse"
-            rest = text.removeprefix(prompt.start)
-            print(f"--- {prompt.source}: {told}\n{prompt.start}>>>\n{rest}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

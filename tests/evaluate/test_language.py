@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evaluate import baseline, compressors
+from evaluate import baseline, complete, compressors
 from evaluate.completions import Completions, function, opening, parses
 from evaluate.generate import generate
 from evaluate.harness import Harness
@@ -155,6 +156,12 @@ def test_completions_that_parse_are_counted():
         dataclasses.replace(task, test=Texts(("x",))).openings()
     with pytest.raises(InputError, match="steps=48 must be from 1 to 47"):
         dataclasses.replace(task, steps=48).check()
+
+
+def test_a_config_without_completions_is_told(capsys):
+    config = str(pathlib.Path(complete.__file__).parents[1] / "configs" / "vit_digits.py")
+    assert complete.main([config, "--checkpoint", "none"]) == 2
+    assert "has no task that is Completions; add one" in capsys.readouterr().err
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ import jax
 
 NAMES = {
     "attention": "ours beside other kernels, by a GPU, a CPU, or a TPU's compiler",
+    "decoder": "training, prefill and decoding of a language model beside torch's",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
     "vit": "one ViT training step beside torch's",
 }

@@ -173,12 +173,13 @@ class Attention(nn.Module):
         def look(kv: KV) -> tuple[Array, Array]:
             return kv.look(q, at, slopes=slopes, **how)
 
-        new, looks = KV(k, v, at, self.scores.window), []
-        if self.has_variable("cache", "kv"):
+        new, looks = KV.of(k, v, at, self.scores.window), []
+        kept = self.has_variable("cache", "kv")
+        if kept:
             stored = self.variable("cache", "kv")
-            seen = written = stored.value.write(k, v, at)
+            seen = written = stored.value.write(new)
             if T > 1 and new.window is not None:  # A ring forgets what the first ones see.
-                seen = stored.value.beside(k, v, at)
+                seen = stored.value.beside(new)
             stored.value = written
             if not fresh:
                 looks.append(look(seen))
@@ -189,7 +190,7 @@ class Attention(nn.Module):
         if not looks or fresh:
             own = None if slopes is None else Alibi(jnp.asarray(slopes))
             looks.append(attend_lse(q, k, v, mask=mask, bias=own, **how))
-        elif not self.has_variable("cache", "kv"):
+        elif not kept:
             looks.append(look(new))
         y, lse = join(looks)
         return Sink(name="sink")(y, lse) if self.scores.sinks else y

@@ -29,7 +29,7 @@ class KV(struct.PyTreeNode):
     layers has a leading axis of layers in each.
     """
 
-    k: Any  # [B, S, K, H], or the same by shape.
+    k: Any  # [B, K, S, H], as products read them; or the same by shape.
     v: Any
     positions: Any  # [B, S], int32.
     window: int | None = struct.field(pytree_node=False, default=None)
@@ -37,13 +37,17 @@ class KV(struct.PyTreeNode):
     @property
     def slots(self) -> int:
         """How many tokens it has room for."""
-        return self.k.shape[-3]
+        return self.positions.shape[-1]
 
-    def write(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Int[Array, "B T"]
-    ) -> KV:
-        """With the keys and values of tokens at positions `at`, the last ones of a ring."""
-        S = self.slots
+    @classmethod
+    def of(cls, k: Array, v: Array, at: Int[Array, "B T"], window: int | None) -> KV:
+        """Of keys and values `[B, T, K, H]` of tokens at positions `at`."""
+        return cls(k.swapaxes(1, 2), v.swapaxes(1, 2), at, window)
+
+    def write(self, new: KV) -> KV:
+        """With new tokens, the last ones of a ring; both may be stacks of layers."""
+        S, at = self.slots, new.positions
+        at = at[(0,) * (at.ndim - 2)]  # Each layer has them at the same places.
         slot = jnp.where(at < 0, S, at)
         if self.window is not None:
             last = at.max(1, keepdims=True)
@@ -51,25 +55,27 @@ class KV(struct.PyTreeNode):
         row = jnp.arange(len(at))[:, None]
 
         def put(kept: Array, new: Array) -> Array:
-            return kept.at[row, slot].set(new.astype(kept.dtype), mode="drop")
+            lead = (slice(None),) * (self.positions.ndim - 2)
+            if kept.ndim == self.positions.ndim:
+                return kept.at[*lead, row, slot].set(new, mode="drop")
+            # Where an index stands on both sides of a slice, rows and slots come first.
+            new = jnp.moveaxis(new.astype(kept.dtype), (-4, -2), (0, 1))
+            return kept.at[*lead, row, :, slot].set(new, mode="drop")
 
-        return self.replace(
-            k=put(self.k, k), v=put(self.v, v), positions=put(self.positions, at)
-        )
+        return jax.tree.map(put, self, new)
 
-    def beside(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], at: Int[Array, "B T"]
-    ) -> KV:
-        """The same tokens after those of the cache, for one look at all of them.
-
-        What the cache holds of the first one's position and beyond is no more: the text
-        has been taken back to there.
-        """
+    def until(self, at: Int[Array, "B T"]) -> KV:
+        """Only what stands before tokens at positions `at`: the text is taken back to there."""
         first = jnp.where(at < 0, jnp.iinfo(at.dtype).max, at).min(1, keepdims=True)
-        held = jnp.where(self.positions >= first, -1, self.positions)
-        pairs = ((self.k, k), (self.v, v), (held, at))
-        k, v, positions = (jnp.concatenate([a, b.astype(a.dtype)], 1) for a, b in pairs)
-        return self.replace(k=k, v=v, positions=positions)
+        first = first.reshape((1,) * (self.positions.ndim - 2) + first.shape)
+        return self.replace(positions=jnp.where(self.positions >= first, -1, self.positions))
+
+    def beside(self, new: KV) -> KV:
+        """New tokens after those of the cache before them, for one look at all of them."""
+        old = self.until(new.positions)
+        pairs = ((old.k, new.k, 2), (old.v, new.v, 2), (old.positions, new.positions, 1))
+        k, v, at = (jnp.concatenate([a, b.astype(a.dtype)], axis) for a, b, axis in pairs)
+        return self.replace(k=k, v=v, positions=at)
 
     def look(
         self, q: Float[Array, "B T N H"], at: Int[Array, "B T"], *, slopes=None, **options
@@ -84,7 +90,7 @@ class KV(struct.PyTreeNode):
         if shared:
             q, at = q.reshape(1, B * T, N, H), at.reshape(1, B * T)
         mask = Positions(at, self.positions, self.window)
-        k, v = self.k.astype(q.dtype), self.v.astype(q.dtype)
+        k, v = (x.astype(q.dtype).swapaxes(1, 2) for x in (self.k, self.v))
         if slopes is not None:
             apart = jnp.abs(at[:, None, :, None] - self.positions[:, None, None, :])
             options["bias"] = -jnp.asarray(slopes)[None, :, None, None] * apart
@@ -134,12 +140,12 @@ def empty(
 
     def blank(kv: KV) -> KV:
         S = length if kv.window is None else min(length, kv.window + spare)
-        *lead, _, K, H = kv.k.shape
+        *lead, K, _, H = kv.k.shape
         # Two arrays, so that both may be given away.
-        k, v = (jnp.zeros((*lead, S, K, H), kv.k.dtype) for _ in range(2))
+        k, v = (jnp.zeros((*lead, K, S, H), kv.k.dtype) for _ in range(2))
         return kv.replace(k=k, v=v, positions=jnp.full((*lead, S), -1, jnp.int32))
 
-    return jax.tree.map(blank, seen, is_leaf=lambda x: isinstance(x, KV))
+    return each(blank, seen)
 
 
 def slots(cache: Any) -> int | None:
@@ -174,7 +180,12 @@ def _by_row(change, cache, *others):
         axis = kv.k.ndim - 4
         return jax.tree.map(lambda x, *y: change(x, axis, *y), kv, *others)
 
-    return jax.tree.map(one, cache, *others, is_leaf=lambda x: isinstance(x, KV))
+    return each(one, cache, *others)
+
+
+def each(change, cache: Any, *others: Any) -> Any:
+    """`change` of each `KV` of a cache, and of those that others have in its place."""
+    return jax.tree.map(change, cache, *others, is_leaf=lambda x: isinstance(x, KV))
 
 
 class Stepper(struct.PyTreeNode):
@@ -200,9 +211,19 @@ class Stepper(struct.PyTreeNode):
 
         Position -1 is no token; with `fresh` the cache holds nothing yet.
         """
-        variables, model = {**self.variables, "cache": cache}, self.model
-        how: dict[str, Any] = {"positions": positions, "fresh": fresh, "mutable": ["cache"]}
+        model, variables = self.model, dict(self.variables)
+        at = jnp.broadcast_to(positions, tokens.shape)
+        # What is kept is looked at as a prefix, and gets the new tokens of all layers at
+        # once: a loop over layers that changed it would copy it whole for each token.
+        if not fresh and "prefix" not in variables:
+            variables["prefix"] = each(lambda kv: kv.until(at), cache)
+        else:
+            variables["cache"] = cache
+        how: dict[str, Any] = {"positions": at, "fresh": fresh, "mutable": ["cache"]}
         x, new = model.apply(variables, tokens, method="hidden", **how)
+        new = new["cache"]
+        if "cache" not in variables:
+            new = each(KV.write, cache, new)
         x = x if read is None else jnp.take_along_axis(x, read[..., None], 1)
         logits: Any = model.apply(variables, x, method="logits")
-        return logits, new["cache"]
+        return logits, new

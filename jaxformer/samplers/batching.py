@@ -141,18 +141,18 @@ def _checked(number: int, request: Request, steps: int, room: int | None) -> np.
 
 def _empty(step, cache, rows: int, steps: int, law: Law, stop: Stops) -> State:
     """Rows that are all done, as wide as the logits of the step."""
-    tokens = jnp.zeros((rows, 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
     logits = jax.eval_shape(step, cache, tokens, tokens)[0]
+    return State(cache, *_small(rows, steps, logits.shape[-1], logits.dtype, law, stop))
 
-    @jax.jit  # Each array one of its own: they are given away.
-    def small():
-        zeros, keys = jnp.zeros(rows, jnp.int32), jax.random.split(jax.random.key(0), rows)
-        text = Text.begin(tokens, zeros, steps, 0, logits.shape[-1], law, stop)
-        text = dataclasses.replace(text, done=jnp.ones(rows, bool))
-        blank = jnp.zeros((rows, logits.shape[-1]), logits.dtype)
-        return blank, zeros, zeros + 1, keys, text
 
-    return State(cache, *small())
+@functools.partial(jax.jit, static_argnums=range(6))  # Each array one of its own to give away.
+def _small(rows: int, steps: int, vocab: int, dtype, law: Law, stop: Stops):
+    tokens, zeros = jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.int32)
+    text = Text.begin(tokens, zeros, steps, 0, vocab, law, stop)
+    text = dataclasses.replace(text, done=jnp.ones(rows, bool))
+    keys = jax.random.split(jax.random.key(0), rows)
+    return jnp.zeros((rows, vocab), dtype), zeros, zeros + 1, keys, text
 
 
 def _enter(state: State, row: int, request: Request, prompt: np.ndarray) -> State:

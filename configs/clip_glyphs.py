@@ -3,8 +3,8 @@
 Data: 38,362 drawings of 5,633 characters in matplotlib's fonts, 24 x 24 pixels; held out
 are the STIX fonts, and a tenth of all characters. No download.
 Model: two small towers (arXiv 2103.00020), trained with Muon (arXiv 2502.16982).
-Expected: not measured yet. `fonts` asks for names that were seen, in a font
-that was not; `characters` for names that were not seen. Command:
+Expected: after 15 CPU minutes, of 1,587 drawings in fonts that were not seen 9.8 % find
+their name first and 42 % among ten; of 548 characters never seen, 20 % and 55 %. Command:
     python -m train configs/clip_glyphs.py
     python -m evaluate configs/clip_glyphs.py --checkpoint runs/clip_glyphs
 """
@@ -26,7 +26,7 @@ LENGTH = 74  # tokens of the longest name, and its end.
 
 
 def experiment() -> Experiment:
-    """About ten minutes on two CPU cores; every number of it can be overridden."""
+    """About eight minutes on two CPU cores; every number of it can be overridden."""
     normalize, spell = Normalize(mean=0.105, std=0.277), Spell(LENGTH)
 
     def split(name: str) -> Pipeline:

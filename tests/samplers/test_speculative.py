@@ -157,7 +157,8 @@ def test_a_lookup_reads_on_where_the_text_stood_before():
 def test_a_penalty_holds_for_guesses_too():
     table = jnp.zeros((4, 4)) + jnp.array([[5.0, 4.9, 4.8, 4.7]])
     law = Law(temperature=0.0, repetition=1.5)
-    guess = draft.by_model(step_of(table), cache_of(1, 9), ahead=2, law=GREEDY)
+    nexts = jnp.eye(4)[jnp.array([1, 2, 3, 0])]  # Right guesses, which are then seen.
+    guess = draft.by_model(step_of(nexts), cache_of(1, 9), ahead=2, law=GREEDY)
     found = sample(step_of(table), cache_of(1, 9), guess, jnp.array([[0, 2]]), jnp.array([1]),
                    jax.random.key(0), steps=3, room=9, law=law)  # fmt: skip
     assert found.tokens.tolist() == [[1, 2, 3]]

@@ -115,16 +115,17 @@ class Attention(nn.Module):
             norm = (q_norm, k_norm)
         # Both are attention's to apply: a kernel does so on the way.
         how: dict[str, Any] = {"norm": norm, "angles": self._angles(angles, positions)}
+        how["scale"], mask = self._scale(), self._masked(mask)
         if self.is_mutable_collection("stats") and not self.is_initializing():
             self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **how))
         if self.is_mutable_collection("maps") and not self.is_initializing():
             self.sow("maps", "weights", weights(q, k, mask=mask, bias=bias, **how))
 
-        how |= {"scale": self._scale(), "softcap": self.scores.softcap}
+        how["softcap"] = self.scores.softcap
         if positions is None or not self._caches():
-            y = self._plain(q, k, v, self._masked(mask), bias, how)
+            y = self._plain(q, k, v, mask, bias, how)
         else:
-            y = self._cached(q, k, v, self._masked(mask), bias, how, positions, fresh)
+            y = self._cached(q, k, v, mask, bias, how, positions, fresh)
         return project("out", "BTNH,NHD->BTD", D=D)(y)
 
     def _angles(self, angles, positions):

@@ -205,6 +205,7 @@ def experiment():
 """
 
 
+@pytest.mark.slow
 def test_tasks_run_at_the_end_and_from_a_checkpoint(tmp_path, capsys):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)

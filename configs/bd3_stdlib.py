@@ -8,13 +8,10 @@ Expected: not measured yet. Command:
     python -m evaluate configs/bd3_stdlib.py --checkpoint runs/bd3_stdlib
 """
 
-import dataclasses
-
 from configs.mdlm_stdlib import experiment as mdlm
-from jaxformer.experiment import Experiment
+from jaxformer.experiment import Experiment, override
 
 
 def experiment() -> Experiment:
     """Masked diffusion's experiment, by blocks."""
-    whole = mdlm()
-    return dataclasses.replace(whole, objective=dataclasses.replace(whole.objective, block=16))
+    return override(mdlm(), "objective.block=16")

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -53,7 +54,7 @@ def denoiser(
     """
 
     def denoise(tokens, share):
-        logits = model.apply({"params": params}, tokens)
+        logits: Any = model.apply({"params": params}, tokens)
         return shifted(logits) if shift else logits
 
     return denoise

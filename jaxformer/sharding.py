@@ -146,8 +146,8 @@ def place(shape: Sequence[int], letters: str) -> PartitionSpec | None:
         if size % ways(mesh, where):
             raise InputError(
                 f"an activation {letters} {tuple(shape)}: {letter} of size {size} does not "
-                f"divide over {'*'.join(_names(where))}={ways(mesh, where)}; choose another "
-                f"mesh, or keep the axis whole with replicate={ACTIVATIONS[letter]}"
+                f"divide over {'*'.join(mesh_names(where))}={ways(mesh, where)}; choose "
+                f"another mesh, or keep the axis whole with replicate={ACTIVATIONS[letter]}"
             )
     return found
 
@@ -181,7 +181,7 @@ def spec(axes, rules) -> PartitionSpec:
 
 def ways(mesh: Any, where: str | tuple[str, ...] | None) -> int:
     """Over how many devices one entry of a PartitionSpec splits its dimension."""
-    return math.prod(mesh.shape[name] for name in _names(where))
+    return math.prod(mesh.shape[name] for name in mesh_names(where))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
@@ -213,7 +213,7 @@ class Explanation:
         for r in self.rows:
             shape = " ".join(map(str, r.shape))
             axes = " ".join(a or "-" for a in r.axes)
-            mesh = " ".join("*".join(_names(m)) or "-" for m in r.mesh_axes)
+            mesh = " ".join("*".join(mesh_names(m)) or "-" for m in r.mesh_axes)
             cells.append((r.path, shape, axes, mesh, f"{r.bytes_per_device:,}"))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
@@ -237,7 +237,7 @@ def explain(params: PyTree, mesh: Mesh, rules: Rules) -> Explanation:
     """
     rows, problems = [], []
     for logical, where in rules:
-        for name in _names(where):
+        for name in mesh_names(where):
             if name not in mesh.shape:
                 problems.append(
                     f"rules: {logical!r} goes to mesh axis {name!r}, which this mesh has "
@@ -255,7 +255,7 @@ def explain(params: PyTree, mesh: Mesh, rules: Rules) -> Explanation:
         for axis, size, where in zip(axes, leaf.shape, place, strict=True):
             shards *= ways(mesh, where)
             if size % ways(mesh, where):
-                wanted = ",".join(f"{m}={mesh.shape[m]}" for m in _names(where))
+                wanted = ",".join(f"{m}={mesh.shape[m]}" for m in mesh_names(where))
                 fits = [n for n in range(1, mesh.size + 1) if not size % n]
                 problems.append(
                     f"{name} {tuple(leaf.shape)}: axis {axis!r} of size {size} does not "
@@ -305,7 +305,8 @@ def path_name(path) -> str:
     return "/".join(names(path))
 
 
-def _names(where: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_names(where: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
     return (where,) if isinstance(where, str) else tuple(where or ())
 
 

@@ -6,14 +6,14 @@ by expert, to which devices send tokens all to all; what finds no room is left o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxformer.sharding import constrain, place
+from jaxformer.sharding import constrain, mesh_names, place
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -64,9 +64,9 @@ def dropless(
     wide, narrow = place(gate.shape, "EDF"), place(down.shape, "EFD")
     if where is None or wide is None:
         return _sorted(x, routed, kernels, activation, 0)
-    ways = _names(wide[0])  # mesh axes of experts
-    shared = tuple(name for name in _names(where[0]) if name in ways)
-    summed = tuple(n for n in (*ways, *_names(wide[2])) if n not in shared)
+    ways = mesh_names(wide[0])  # mesh axes of experts
+    shared = tuple(name for name in mesh_names(where[0]) if name in ways)
+    summed = tuple(n for n in (*ways, *mesh_names(wide[2])) if n not in shared)
 
     def own(x, expert, weight, gate, up, down):
         parts = (x, expert, weight)
@@ -143,7 +143,3 @@ def limited(
     weight = jnp.where(fits, routed.weight.swapaxes(1, 2).reshape(B, k * T), 0)
     y *= weight[..., None].astype(y.dtype)
     return y.reshape(B, k, T, D).sum(1)
-
-
-def _names(where: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (where,) if isinstance(where, str) else tuple(where or ())

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.errors import InputError
 from jaxformer.objectives.schedules import Linear, Schedule
 from jaxformer.ops.draw import uniform
+from jaxformer.samplers.autoregressive import by_row
 from jaxformer.samplers.logits import PLAIN, Law
 
 Denoise = Callable[[Int[Array, "B T"], Float[Array, " B"]], Float[Array, "B T V"]]
@@ -32,13 +33,12 @@ LINEAR = Linear()
 class Step(struct.PyTreeNode):
     """What a choice is made by: one row at one step.
 
-    `open` are the masked tokens of the block at work, of which there were `total` when it
-    began; `number` counts the block's steps from 0. `logits` are those of the law, `token`
-    is what was drawn from it, `chance` the model's own probability of that.
+    `open` are the masked tokens of the block at work; `number` counts the block's steps from
+    0. `logits` are the model's, `token` is what the law drew from them, and `chance` the
+    model's own probability of that.
     """
 
     open: Bool[Array, " T"]
-    total: Int[Array, ""]
     number: Int[Array, ""]
     logits: Float[Array, "T V"]
     token: Int[Array, " T"]
@@ -156,7 +156,7 @@ def sample(
     Args:
       denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`; see `guided`.
       tokens: what is given, and `mask_id` where it is to be filled.
-      key: one, of which each row gets its own by number, or a key for each row `[B]`.
+      key: one for all, or one for each row `[B]`, see `autoregressive.by_row`.
       mask_id: the token that says "masked"; it is never drawn.
       show: which are shown in a step.
       law: what is made of the logits before one draws; penalties for repetition are none.
@@ -181,7 +181,7 @@ def sample(
                 f"row {int(none.argmax())} has nothing masked: put mask_id={mask_id} where "
                 "tokens are to be filled in"
             )
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    keys = by_row(key, B)
     of = jnp.arange(T) // size
 
     def openings(tokens):
@@ -195,33 +195,31 @@ def sample(
         return some if most is None else some & (step < most)
 
     def body(carry):
-        (tokens, shown), block_of, total, number, step = carry
+        (tokens, shown), block_of, number, step = carry
         opened, first = openings(tokens)
-        fresh = first != block_of
-        total = jnp.where(fresh, opened.sum(1), total)
-        number = jnp.where(fresh, 0, number)
+        number = jnp.where(first != block_of, 0, number)
         logits = denoise(tokens, (tokens == mask_id).mean(1))
         V = logits.shape[-1]
         logits = logits.astype(jnp.float32)
         logits = jnp.where(jnp.arange(V)[None, None] == mask_id, -jnp.inf, logits)
 
-        def row(key, logits, tokens, opened, total, number):
+        def row(key, logits, tokens, opened, number):
             draws, picks = jax.random.split(jax.random.fold_in(key, step))
             token = law.draw(jax.random.split(draws, T), logits)
             chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], 1)[:, 0]
-            state = Step(opened, total, number, logits, token, chance, picks)
+            state = Step(opened, number, logits, token, chance, picks)
             return jnp.where(show.pick(state), token, tokens)
 
-        new = jax.vmap(row)(keys, logits, tokens, opened, total, number)
+        new = jax.vmap(row)(keys, logits, tokens, opened, number)
         if end is not None:
             before = jnp.cumsum(new == mask_id, 1) == 0
             over = jnp.cumsum((new == end) & before, 1) > 0
             new = jnp.where(over & (new == mask_id), end, new)
         shown = jnp.where((new != tokens) & (tokens == mask_id), step, shown)
-        return (new, shown), first, total, number + 1, step + 1
+        return (new, shown), first, number + 1, step + 1
 
     zeros = jnp.zeros(B, jnp.int32)
-    start = ((tokens, jnp.full((B, T), -1, jnp.int32)), zeros - 1, zeros, zeros, jnp.int32(0))
+    start = ((tokens, jnp.full((B, T), -1, jnp.int32)), zeros - 1, zeros, jnp.int32(0))
     (tokens, shown), *_, steps = jax.lax.while_loop(go_on, body, start)
     return Filled(tokens, shown, steps)
 

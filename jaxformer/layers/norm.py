@@ -1,6 +1,7 @@
 """Normalisation of the last axis, always in float32."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxformer.ops.norm import Norm
@@ -22,6 +23,20 @@ class LayerNorm(nn.Module):
         )
         scale, bias = self.param("scale", ones, (size,)), self.param("bias", zeros, (size,))
         return Norm(scale, bias, self.epsilon, centered=True)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.weights(x.shape[-1])(x)
+
+
+class BareLayerNorm(nn.Module):
+    """LayerNorm without weights, as DiT has it: who comes after it has them."""
+
+    epsilon: float = 1e-6
+    letters: str = "D"
+
+    def weights(self, size: int) -> Norm:
+        """The norm of an axis of `size` as data, for who applies it elsewhere."""
+        return Norm(jnp.ones(size), None, self.epsilon, centered=True)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.weights(x.shape[-1])(x)

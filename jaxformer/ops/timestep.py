@@ -1,0 +1,39 @@
+"""Times as vectors: cosines and sines of many wave lengths, in the two layouts of the field.
+
+Both take times in the units of their originals: DiT's count steps from 0 to 1000, and so
+must a time between 0 and 1 be multiplied first. SiT leaves that out, and most of its
+features hardly vary.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Times = Float[Array, "*B"] | Int[Array, "*B"]
+
+
+def cosines_first(t: Times, size: int, period: float = 1e4) -> Float[Array, "*B C"]:
+    """`[cos, sin]` of `t * period ** (-i / n)`, i from 0 to n - 1, n = size / 2: DiT's.
+
+    Source: facebookresearch/DiT, `TimestepEmbedder`; GLIDE and diffusers' Flux have it so.
+    """
+    turns = _turns(t, size, size // 2, period)
+    return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], -1)
+
+
+def sines_first(t: Times, size: int, period: float = 1e4) -> Float[Array, "*B C"]:
+    """`[sin, cos]` of `t * period ** (-i / (n - 1))`, whose last wave length is the period's.
+
+    Source: google-deepmind/md4 and the first DDPM (arXiv 2006.11239).
+    """
+    turns = _turns(t, size, size // 2 - 1, period)
+    return jnp.concatenate([jnp.sin(turns), jnp.cos(turns)], -1)
+
+
+def _turns(t: Times, size: int, count: int, period: float) -> Float[Array, "*B h"]:
+    if size % 2 or count < 1:
+        raise ValueError(f"size={size} must be even, and 4 or more: half of it are sines")
+    i = jnp.arange(size // 2, dtype=jnp.float32)
+    frequency = jnp.exp(-math.log(period) / count * i)
+    return jnp.asarray(t, jnp.float32)[..., None] * frequency[(None,) * t.ndim]

@@ -27,6 +27,7 @@ from jaxformer import metrics
 from jaxformer.errors import InputError
 from jaxformer.objectives.next_token import scores
 from jaxformer.objectives.schedules import Clipped, Linear, Schedule
+from jaxformer.objectives.times import times
 from jaxformer.ops import intervals
 from jaxformer.ops.draw import uniform
 from jaxformer.ops.mask import BlockDiffusion, Mask, Segments, Twice
@@ -45,19 +46,6 @@ class Noisy(struct.PyTreeNode):
     tokens: Int[Array, "B T"]
     weight: Float[Array, "B T"]
     share: Float[Array, "B T"]
-
-
-def times(key: Array, *shape: int) -> Float[Array, "..."]:
-    """Times in (0, 1), as many as `shape` says, one in each of so many equal parts.
-
-    Each is uniform by itself, and a mean over all of them varies far less than over
-    independent ones. The parts of one row lie in no order.
-    """
-    n = math.prod(shape)
-    where, inside = jax.random.split(key)
-    part = jax.random.permutation(where, n).astype(jnp.float32)
-    found = (part + uniform(inside, (n,))) / n
-    return jnp.clip(found, 2.0**-24, 1.0).reshape(shape)
 
 
 def by_time(

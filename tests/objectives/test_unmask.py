@@ -12,6 +12,7 @@ from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
 from jaxformer.models.decoder import Decoder
 from jaxformer.objectives.schedules import Clipped, Cosine, Linear, LogLinear, Polynomial
+from jaxformer.objectives.times import times
 from jaxformer.objectives.unmask import (
     Unmask,
     by_count,
@@ -20,7 +21,6 @@ from jaxformer.objectives.unmask import (
     least_variance,
     loss,
     nats,
-    times,
     two_streams,
 )
 from tests.layers.test_block import randomized

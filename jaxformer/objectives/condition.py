@@ -1,10 +1,8 @@
-"""What a picture is to be of: a class, now and then left out, so that guidance can compare."""
+"""What a picture is to be of: a class, or none, so that guidance can compare."""
 
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
@@ -13,32 +11,22 @@ from jaxformer.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Labels from 0 to `count - 1`, and `count` itself for "any": the null label.
+    """Labels from 0 to `count - 1`, and `count` itself for none: the null label.
 
-    `drop` of the labels become null while a model learns, 0.1 in DiT and nearly all since
-    (Ho and Salimans 2022, arXiv 2207.12598); with 0 the model never sees it and cannot be
-    guided.
+    The model replaces some labels by it while it learns (0.1 in DiT and nearly all since; Ho
+    and Salimans 2022, arXiv 2207.12598). One that never does so cannot be guided.
     """
 
     count: int
-    drop: float = 0.1
 
     def __post_init__(self):
-        if self.count < 1 or not 0 <= self.drop < 1:
-            raise InputError(
-                f"Classes(count={self.count}, drop={self.drop}): count must be 1 or more and "
-                "drop lie in [0, 1); 0.1 is usual"
-            )
+        if self.count < 1:
+            raise InputError(f"classes.count={self.count} must be 1 or more")
 
     @property
     def null(self) -> int:
         """The label that says nothing."""
         return self.count
-
-    def dropped(self, label: Int[Array, " B"], key: Array) -> Int[Array, " B"]:
-        """Labels, a share of them null."""
-        gone = jax.random.bernoulli(key, self.drop, label.shape)
-        return jnp.where(gone, self.null, label)
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where the classes of model and data are not these."""

@@ -117,28 +117,27 @@ class Flow:
           apply: `model.apply`: `({"params": params}, x, t, label, train=..., rngs=...)`.
           params: the model's parameters.
           batch: `image` `[B, Y, X, C]`, `label` `[B]`, optionally `weight` `[B]`.
-          key: for times, noise, labels that are left out, dropout and the like.
+          key: for times, noise, and what the model draws: labels left out, dropout.
         """
-        key, which, more = jax.random.split(key, 3)
-        given = ()
-        if self.classes is not None:
-            given = (self.classes.dropped(batch["label"], which),)
+        key, more = jax.random.split(key)
+        image, *label = (batch[name] for name in self.inputs)
 
         def says(x, t):
             options = {"train": True, "rngs": {"dropout": more}}
-            return apply({"params": params}, x, t, *given, **options)
+            return apply({"params": params}, x, t, *label, **options)
 
-        return loss(says, batch["image"], key, weight=batch.get("weight"), **self._options)
+        return loss(says, image, key, weight=batch.get("weight"), **self._options)
 
     def measure(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> Metrics:
         """The same error, with all labels given; times and noise are those of the key."""
+        image, *label = (batch[name] for name in self.inputs)
 
         def says(x, t):
-            return apply({"params": params}, x, t, *(batch[n] for n in self.inputs[1:]))
+            return apply({"params": params}, x, t, *label)
 
-        each = errors(says, batch["image"], key, **self._options)
+        each = errors(says, image, key, **self._options)
         real = batch.get("weight", jnp.ones(each.shape)) > 0
         total = jnp.where(real, each, 0).sum()
         return {"loss": Mean(total, real.sum(dtype=jnp.int32))}

@@ -144,21 +144,12 @@ def call(variables, x, t, label, train=False, rngs=None):
     return jnp.concatenate([said, extra], -1)  # A variance, which is left out.
 
 
-def test_the_objective_drops_labels_and_weighs_padding(key):
+def test_padding_weighs_nothing_and_more_channels_are_left_out(key):
     x = jnp.zeros((8, 2, 2, 1))
     batch = {"image": x, "label": jnp.full(8, 3)}
-    objective = Flow(Classes(4, drop=0.25))
+    objective = Flow(Classes(4))
     assert [a.shape for a in objective.arguments(*batch.values())] == [x.shape, (8,), (8,)]
 
-    def says(key):  # The error of saying nothing but the label is its square, plus noise.
-        return objective.loss(call, 1.0, batch, key)[0]
-
-    dropped = jax.vmap(lambda k: objective.classes.dropped(jnp.full(8, 3), k))(
-        jax.random.split(key, 500)
-    )
-    assert set(np.unique(dropped)) == {3, 4}
-    assert (dropped == 4).mean() == pytest.approx(0.25, abs=0.03)
-    assert np.isfinite(jax.jit(says)(key))
     weight = jnp.array([1.0] * 4 + [0.0] * 4)
     broken = batch | {"image": x.at[4:].set(jnp.nan), "weight": weight}
     found = objective.measure(call, 1.0, broken, key)["loss"]
@@ -177,7 +168,6 @@ def data(classes):
     ("make", "message"),
     [
         (lambda: Classes(0), "count must be 1 or more"),
-        (lambda: Classes(3, drop=1.0), r"drop lie in \[0, 1\)"),
         (lambda: Mode(3.0), r"scale=3.0 must lie"),
         (lambda: Shifted(0.0), "shift=0.0 must be above 0"),
         (lambda: known(jnp.array([1, 12]), Classes(10)), "class 12 is outside the table of 10"),

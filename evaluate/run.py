@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxformer import checkpoint, metrics, sharding
 from jaxformer.data.loader import Pipeline, eval_batches, to_mesh
 from jaxformer.errors import InputError
-from jaxformer.experiment import Experiment, describe, differences
+from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, setup
 
 
@@ -199,7 +199,7 @@ def _inputs(experiment: Experiment) -> list[Any]:
     for pipeline in _pipelines(experiment):
         first = next(iter(batches(pipeline, 1, 1)))
         if all(name in first for name in names):
-            return [jax.typeof(first[name]) for name in names]
+            return arguments(experiment.objective, first)
     raise InputError(
         f"no eval and no task has records with {', '.join(names)}, which the model is called "
         "with; name one that has"

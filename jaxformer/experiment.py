@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -39,7 +40,8 @@ class Keep:
 class Objective(Protocol):
     """What an experiment learns by: a frozen dataclass of numbers, with pure methods.
 
-    It may have `check(model, pipeline)`, which raises InputError where they do not fit.
+    It may have `check(model, pipeline)`, which raises InputError where they do not fit, and
+    `arguments(*inputs)`, what the model is called with where that is more than the inputs.
     """
 
     @property
@@ -54,6 +56,12 @@ class Objective(Protocol):
     def measure(self, apply: Callable, params: Any, batch: dict, key: Array) -> dict:
         """Metrics of one evaluation batch that add up, see `jaxformer.metrics`."""
         ...
+
+
+def arguments(objective: Objective, batch: dict) -> list[jax.ShapeDtypeStruct]:
+    """What the model is called with on such a batch, by shape and dtype."""
+    make = getattr(objective, "arguments", lambda *inputs: inputs)
+    return list(jax.eval_shape(make, *(batch[name] for name in objective.inputs)))
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ import evaluate.run as evaluation
 from jaxformer import checkpoint
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
-from jaxformer.experiment import Experiment, describe, differences
+from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, setup
 from jaxformer.steps import TrainState
 from train.log import Log
@@ -258,7 +258,7 @@ def _inputs(experiment: Experiment) -> list[Any]:
     size = experiment.batch_size
     with contextlib.closing(train_batches(pipeline, batch_size=size, seed=0)) as data:
         batch = next(data)
-    return [jax.typeof(batch[name]) for name in experiment.objective.inputs]
+    return arguments(experiment.objective, batch)
 
 
 def _flops(experiment: Experiment, inputs: Sequence[Any]) -> int | None:

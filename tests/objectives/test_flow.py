@@ -167,7 +167,7 @@ def data(classes):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Classes(0), "count must be 1 or more"),
+        (lambda: Classes(0), "classes.count=0 must be 1 or more"),
         (lambda: Mode(3.0), r"scale=3.0 must lie"),
         (lambda: Shifted(0.0), "shift=0.0 must be above 0"),
         (lambda: known(jnp.array([1, 12]), Classes(10)), "class 12 is outside the table of 10"),

@@ -90,9 +90,10 @@ class SincosPosition(nn.Module):
     """Fixed sines and cosines of the row and the column, see `ops.patches.sincos_2d`."""
 
     width: int
+    endpoint: bool = True
 
     def __call__(self, y: int, x: int) -> Float[Array, "T D"]:
-        return jnp.asarray(sincos_2d(y, x, self.width))
+        return jnp.asarray(sincos_2d(y, x, self.width, endpoint=self.endpoint))
 
 
 class GridAngles(nn.Module):
@@ -196,9 +197,7 @@ class PatchEmbed(nn.Module):
         if masked is not None and self.mask is None:
             raise ValueError("masked patches need a model with a mask token; it has none")
         y, x = Y // self.patch, X // self.patch
-        sizes = {"D": self.width}
-        patches = patchify(images, self.patch)
-        tokens = Einsum("BTP,PD->BTD", sizes, self.use_bias, self.dtype, name="patch")(patches)
+        tokens = self.project(patchify(images, self.patch))
         if self.mask is not None:
             tokens = self.mask(tokens, masked)
 
@@ -221,6 +220,12 @@ class PatchEmbed(nn.Module):
             angles = self.rotary(y, x, train=train)
             block["angles"] = jnp.pad(angles, ((lead, 0), (0, 0)))[None]
         return Tokens(constrain(tokens, "BTD"), block)
+
+    def project(self, patches: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
+        """Patches as vectors of the width."""
+        sizes = {"D": self.width}
+        linear = Einsum("BTP,PD->BTD", sizes, self.use_bias, self.dtype, name="patch")
+        return linear(patches)
 
 
 class TrimmedEmbed(PatchEmbed):

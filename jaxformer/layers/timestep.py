@@ -16,7 +16,7 @@ from jaxformer.layers.block import Block
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.norm import BareLayerNorm
 from jaxformer.ops.activation import silu
-from jaxformer.ops.timestep import cosines_first
+from jaxformer.ops.timestep import cosines_first, steps
 from jaxformer.sharding import constrain
 
 NORMAL = nn.initializers.normal(0.02)
@@ -46,7 +46,7 @@ class TimestepEmbed(nn.Module):
             equation = f"{letters}C,CD->{letters}D"
             return Einsum(equation, {"D": size}, True, self.dtype, NORMAL, name=name)
 
-        x = self.features(t.astype(jnp.float32) * self.scale, self.size)
+        x = self.features(steps(t, self.scale), self.size)
         x = silu(linear("up", self.hidden or self.width)(x))
         return linear("down", self.width)(x)
 

@@ -7,6 +7,7 @@ features hardly vary.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +30,17 @@ def sines_first(t: Times, size: int, period: float = 1e4) -> Float[Array, "*B C"
     """
     turns = _turns(t, size, size // 2 - 1, period)
     return jnp.concatenate([jnp.sin(turns), jnp.cos(turns)], -1)
+
+
+def steps(t: Times, count: float) -> Float[Array, "*B"]:
+    """`count * t`, and a whole number exactly where `t` is one of `count`.
+
+    In float32 `511 / 1000 * 1000` is not 511, and a cosine of it is off by 3e-5.
+    """
+    product = jnp.asarray(t, jnp.float32) * count
+    off = jnp.round(product) - product
+    near = jnp.abs(off) < 2e-7 * jnp.abs(product)
+    return product + jax.lax.stop_gradient(jnp.where(near, off, 0.0))
 
 
 def _turns(t: Times, size: int, count: int, period: float) -> Float[Array, "*B h"]:

@@ -18,7 +18,7 @@ from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.embed import PatchEmbed, Tokens
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.pool import Average
-from jaxformer.models.vit import Encoder
+from jaxformer.models.vit import Encoder, Numbers
 from jaxformer.ops.mask import Mask
 from jaxformer.ops.patches import patchify, unpatchify
 from jaxformer.sharding import constrain, partitioned
@@ -237,7 +237,7 @@ def drop_paths(depths: tuple[int, ...], rate: float) -> list[tuple[tuple[float, 
     return [tuple(zip(x[::2].tolist(), x[1::2].tolist(), strict=False)) for x in rates]
 
 
-class Swin(nn.Module):
+class Swin(Numbers):
     """Swin by its numbers; `parts()` is the same as an `Encoder`.
 
     `model.apply({"params": params}, images)` gives logits `[B, V]`; with `num_classes=0`
@@ -259,27 +259,6 @@ class Swin(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        self.encoder = self.parts()
-        nn.share_scope(self, self.encoder)  # Its parameters are this module's.
-
-    def __call__(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B V"]:
-        return self.encoder(images, train=train)
-
-    def features(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B E"]:
-        """The mean of the last tokens of each image, before the head."""
-        return self.encoder.features(images, train=train)
-
-    def encode(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B T E"]:
-        """The last tokens, row by row, after the last norm."""
-        return self.encoder.encode(images, train=train)
 
     def parts(self) -> Encoder:
         """The parts that these numbers stand for.

@@ -19,7 +19,7 @@ from jaxformer.layers.embed import Embedding, GridPosition, SincosPosition, Toke
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.layers.pool import Average, First
 from jaxformer.models import vit
-from jaxformer.models.vit import Encoder
+from jaxformer.models.vit import Encoder, Numbers
 from jaxformer.ops.patches import sincos_1d, tubelets
 from jaxformer.sharding import constrain, partitioned
 
@@ -208,7 +208,7 @@ class SpaceTimeBlock(nn.Module):
         return constrain(x + branch("mlp", train=train), "BTD")
 
 
-class ViViT(nn.Module):
+class ViViT(Numbers):
     """Video transformer by its numbers; `parts()` is the same as an `Encoder`.
 
     `model.apply({"params": params}, frames)` with frames `[B, F, Y, X, C]` gives logits
@@ -238,27 +238,6 @@ class ViViT(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        self.encoder = self.parts()
-        nn.share_scope(self, self.encoder)  # Its parameters are this module's.
-
-    def __call__(
-        self, frames: Float[Array, "B F Y X C"], *, train: bool = False
-    ) -> Float[Array, "B V"]:
-        return self.encoder(frames, train=train)
-
-    def features(
-        self, frames: Float[Array, "B F Y X C"], *, train: bool = False
-    ) -> Float[Array, "B D"]:
-        """The pooled vector of each video, before the head."""
-        return self.encoder.features(frames, train=train)
-
-    def encode(
-        self, frames: Float[Array, "B F Y X C"], *, train: bool = False
-    ) -> Float[Array, "B T D"]:
-        """All tokens after the last norm; with "encoders" they are the times."""
-        return self.encoder.encode(frames, train=train)
 
     def parts(self) -> Encoder:
         """The parts that these numbers stand for.

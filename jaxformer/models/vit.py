@@ -115,7 +115,30 @@ class TwoHeads(Encoder):
         return ((self.head(x[:, 0]) + self.second_head(x[:, 1])) / 2).astype(jnp.float32)
 
 
-class ViT(nn.Module):
+class Numbers(nn.Module):
+    """An encoder by its numbers: `parts()` makes the `Encoder` that it is."""
+
+    def setup(self):
+        self.encoder = self.parts()
+        nn.share_scope(self, self.encoder)  # Its parameters are this module's.
+
+    def __call__(self, *inputs, train: bool = False) -> Float[Array, "B V"]:
+        return self.encoder(*inputs, train=train)
+
+    def features(self, *inputs, train: bool = False) -> Float[Array, "B D"]:
+        """The pooled vector of each row, before the head."""
+        return self.encoder.features(*inputs, train=train)
+
+    def encode(self, *inputs, train: bool = False) -> Float[Array, "B T D"]:
+        """All tokens after the last norm, in the order of the embedding."""
+        return self.encoder.encode(*inputs, train=train)
+
+    def parts(self) -> Encoder:
+        """The parts that these numbers stand for."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class ViT(Numbers):
     """Vision transformer by its numbers; `parts()` is the same as an `Encoder`.
 
     `model.apply({"params": params}, images)` gives logits `[B, V]`; with `num_classes=0`
@@ -148,27 +171,6 @@ class ViT(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        self.encoder = self.parts()
-        nn.share_scope(self, self.encoder)  # Its parameters are this module's.
-
-    def __call__(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B V"]:
-        return self.encoder(images, train=train)
-
-    def features(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B D"]:
-        """The pooled vector of each image, before the head."""
-        return self.encoder.features(images, train=train)
-
-    def encode(
-        self, images: Float[Array, "B Y X C"], *, train: bool = False
-    ) -> Float[Array, "B T D"]:
-        """All tokens after the last norm: class token (pool cls), registers, patches."""
-        return self.encoder.encode(images, train=train)
 
     def parts(self) -> Encoder:
         """The parts that these numbers stand for.

@@ -4,6 +4,10 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where a TPU's library is installed.
+# Tests compile more than they compute: LLVM's optimizer costs them more than it gives.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+).strip()
 
 import jax
 import jaxtyping

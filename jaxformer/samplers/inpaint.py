@@ -5,8 +5,11 @@ By putting the known part back, as noisy as it should be, after each step: Song 
 draw of what is likely given the known part.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from jaxformer.objectives.chain import Chain
 from jaxformer.objectives.paths import Path

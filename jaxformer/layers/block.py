@@ -186,7 +186,7 @@ class Chain(nn.Module):
 
     parts: tuple[nn.Module, ...]
 
-    def __call__(self, x: Float[Array, "B T D"], **inputs) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], **inputs) -> Float[Array, "B S C"]:
         for part in self.parts:
             x = part(x, **inputs)
         return x

@@ -192,11 +192,13 @@ class Stepper(struct.PyTreeNode):
     """A model's step with a cache, as samplers take it: a function that is a pytree too.
 
     `Stepper(model, {"params": params})`; the model has the methods `hidden` and `logits` of
-    `decoder.LanguageModel`. `variables` may hold a "prefix", which all rows share.
+    `decoder.LanguageModel`. `variables` may hold a "prefix", which all rows share. `prompt`
+    is what `hidden` is given beside the prompts alone, such as `{"images": images}`.
     """
 
     model: nn.Module = struct.field(pytree_node=False)
     variables: Mapping[str, Any]
+    prompt: Mapping[str, Any] = struct.field(default_factory=dict)
 
     def __call__(
         self,
@@ -220,6 +222,7 @@ class Stepper(struct.PyTreeNode):
         else:
             variables["cache"] = cache
         how: dict[str, Any] = {"positions": at, "fresh": fresh, "mutable": ["cache"]}
+        how |= self.prompt if fresh else {}
         x, new = model.apply(variables, tokens, method="hidden", **how)
         new = new["cache"]
         if "cache" not in variables:

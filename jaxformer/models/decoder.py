@@ -173,6 +173,14 @@ class Decoder(nn.Module):
         """See `LanguageModel.hidden`."""
         return self.model.hidden(tokens, **inputs)
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """See `LanguageModel.embed`."""
+        return self.model.embed(tokens)
+
+    def run(self, x: Float[Array, "B T D"], **inputs) -> Float[Array, "B T D"]:
+        """See `LanguageModel.run`."""
+        return self.model.run(x, **inputs)
+
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """See `LanguageModel.logits`."""
         return self.model.logits(x)

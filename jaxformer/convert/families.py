@@ -16,6 +16,7 @@ from jaxformer.convert import (
     siglip2,
     swin,
     timm,
+    unmask,
     video,
     vit,
 )
@@ -52,6 +53,8 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA3,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
+        unmask.LLADA,
+        unmask.DREAM,
     )
 }
 

@@ -1,7 +1,7 @@
 """`LlamaForCausalLM` of transformers, and those that differ from it in a fact or two.
 
 They are Mistral (windows), Qwen 2 and 2.5 (biases of queries, keys and values; windows in
-some layers) and Qwen 3 (norms of queries and keys).
+some layers) and Qwen 3 (norms of queries and keys). Those that unmask are in `unmask`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxformer.models.decoder import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
+class Kind:
     """A family: its names, what its config's class takes, and what its layers have."""
 
     name: str
@@ -29,13 +29,14 @@ class _Kind:
     mlp_dim: int = 11008
     bias: bool | None = None  # of queries, keys and values alone; None: by attention_bias.
     qk_norm: type[RMSNorm] | None = None
+    causal: bool = True
 
     def windows(self, config: Mapping[str, Any], depth: int) -> list[int | None]:
         """Llama has none."""
         return [None] * depth
 
-    def told(self, blocks: list[Any]) -> dict[str, Any]:
-        """What a config says of them."""
+    def told(self, model: Any, blocks: list[Any]) -> dict[str, Any]:
+        """What a config says of them, and what else is the family's own."""
         return {}
 
     def attention(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,8 @@ class _Kind:
 
         windows = self.windows(config, language.depth_of(config))
         blocks = [block(window) for window in windows]
-        return language.assemble(config, names, blocks, rotary, dtype, vocab=self.vocab)
+        own: dict[str, Any] = {"vocab": self.vocab, "causal": self.causal}
+        return language.assemble(config, names, blocks, rotary, dtype, **own)
 
     def config(self, model: Any) -> dict[str, Any] | None:
         """The config of a model."""
@@ -77,7 +79,7 @@ class _Kind:
             **language.told(model, blocks),
             "intermediate_size": first.mlp.width,
             **own,
-            **self.told(blocks),
+            **self.told(model, blocks),
             **language.told_rotary(model, first),
         }
 
@@ -95,17 +97,17 @@ class _Kind:
         )
 
 
-class _Mistral(_Kind):
+class _Mistral(Kind):
     """All layers have one window, or none."""
 
     def windows(self, config, depth):
         return [language.window_of(config, 4096)] * depth
 
-    def told(self, blocks):
+    def told(self, model, blocks):
         return {"sliding_window": blocks[0].attention.scores.window}
 
 
-class _Qwen(_Kind):
+class _Qwen(Kind):
     """Windows, if they are used, from layer `max_window_layers` on or by `layer_types`."""
 
     def windows(self, config, depth):
@@ -114,15 +116,15 @@ class _Qwen(_Kind):
         first = config.get("max_window_layers", 28)
         return language.windows_of(config, depth, window, lambda i: i >= first)
 
-    def told(self, blocks):
+    def told(self, model, blocks):
         found = language.told_windows(blocks)
         return found | {"use_sliding_window": found["sliding_window"] is not None}
 
 
-_QWEN: dict[str, Any] = {"vocab": 151936, "mlp_dim": 22016, "kv_heads": 32}
-LLAMA = _Kind("llama", "LlamaForCausalLM").family()
+QWEN: dict[str, Any] = {"vocab": 151936, "mlp_dim": 22016, "kv_heads": 32}
+LLAMA = Kind("llama", "LlamaForCausalLM").family()
 MISTRAL = _Mistral(
     "mistral", "MistralForCausalLM", kv_heads=8, mlp_dim=14336, bias=False
 ).family()
-QWEN2 = _Qwen("qwen2", "Qwen2ForCausalLM", bias=True, **_QWEN).family()
-QWEN3 = _Qwen("qwen3", "Qwen3ForCausalLM", head_dim=128, qk_norm=RMSNorm, **_QWEN).family()
+QWEN2 = _Qwen("qwen2", "Qwen2ForCausalLM", bias=True, **QWEN).family()
+QWEN3 = _Qwen("qwen3", "Qwen3ForCausalLM", head_dim=128, qk_norm=RMSNorm, **QWEN).family()

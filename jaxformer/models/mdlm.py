@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxformer.models.decoder import Decoder
+from jaxformer.models.decoder import Decoder, LanguageModel
 from jaxformer.models.decoder_sizes import SIZES as DECODERS
 from jaxformer.ops.rotary_scaling import Rotary
 
@@ -45,7 +45,7 @@ def named(name: str, **fields) -> Decoder:
 
 
 def denoiser(
-    model: Decoder, params, *, shift: bool = False
+    model: Decoder | LanguageModel, params, *, shift: bool = False
 ) -> Callable[[Int[Array, "B T"], Float[Array, " B"]], Float[Array, "B T V"]]:
     """The function that a sampler calls: `(tokens, share masked) -> logits`.
 

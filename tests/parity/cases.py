@@ -1,6 +1,6 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, language, mae, siglip, swin, timm, video, vit
+from tests.parity import clip, dino, language, mae, siglip, swin, timm, unmask, video, vit
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
@@ -15,5 +15,6 @@ CASES: dict[str, Case] = {
         *video.CASES,
         *timm.CASES,
         *language.CASES,
+        *unmask.CASES,
     )
 }

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxformer.models.decoder import Decoder, LanguageModel
 from jaxformer.models.decoder_sizes import SIZES as DECODERS
+from jaxformer.models.timed import TimedDecoder
 from jaxformer.ops.rotary_scaling import Rotary
 
 SIZES = {
@@ -49,12 +50,14 @@ def denoiser(
 ) -> Callable[[Int[Array, "B T"], Float[Array, " B"]], Float[Array, "B T V"]]:
     """The function that a sampler calls: `(tokens, share masked) -> logits`.
 
-    With `shift` the logits at a token are those that the model gives at the one before it,
-    as Dream's are, which was made of a decoder; the first keeps its own.
+    A `TimedDecoder` is told the share; others go by the masks that they see. With `shift`
+    the logits at a token are those that the model gives at the one before it, as Dream's are,
+    which was made of a decoder; the first keeps its own.
     """
 
     def denoise(tokens, share):
-        logits: Any = model.apply({"params": params}, tokens)
+        given = {"share": share} if isinstance(model, TimedDecoder) else {}
+        logits: Any = model.apply({"params": params}, tokens, **given)
         return shifted(logits) if shift else logits
 
     return denoise

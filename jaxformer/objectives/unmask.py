@@ -209,8 +209,8 @@ class Unmask:
     before it; `block=1` is a model of the next token, and `block=T` masked diffusion.
     Segments then begin where blocks do.
 
-    Evaluation draws by count, `samples` times a batch, and is the bound itself. A model with
-    `time`, see `models.mdlm`, is called with `share`, how much of a row is masked.
+    Evaluation draws by count, `samples` times a batch, and is the bound itself. With `timed`
+    the model is told how much is masked, as `share`, see `models.timed`.
     """
 
     mask_id: int
@@ -219,7 +219,12 @@ class Unmask:
     block: int | None = None
     chunk: int | None = 128
     samples: int = 1
+    timed: bool = False
     inputs: tuple[str, ...] = ("tokens",)
+
+    def arguments(self, tokens: Array) -> tuple[Array, ...]:
+        """What the model is called with, of such a batch."""
+        return (tokens, jnp.zeros(tokens.shape[0])) if self.timed else (tokens,)
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where mask, data and model do not fit."""
@@ -236,6 +241,12 @@ class Unmask:
             )
         if model.causal:
             raise InputError("a model that unmasks sees both ways; set model.causal=False")
+        if self.timed != hasattr(model, "condition"):
+            kind = type(model).__name__
+            raise InputError(
+                f"objective.timed={self.timed}, which is not for {kind}; a TimedDecoder has "
+                "timed=True, and other models are told no time"
+            )
 
     def loss(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
@@ -289,9 +300,13 @@ class Unmask:
         tokens, given = noisy.tokens, dict(options)
         if self.block is None:
             given |= {n: batch[n] for n in ("segments",) if n in batch}
+            share = noisy.share[:, 0]
         else:
             tokens, more = two_streams(tokens, batch["tokens"], self.block, batch)
             given |= more
+            share = jnp.concatenate([noisy.share, jnp.zeros_like(noisy.share)], 1)
+        if self.timed:
+            given["share"] = share
         x = apply({"params": params}, tokens, method="hidden", **given)
         x = x[:, : batch["tokens"].shape[1]]
         each, _, right = scores(

@@ -22,6 +22,7 @@ class Setup:
     `inputs` are what the model is called with, by shape and dtype, batch axis first.
     `state` holds the shapes, dtypes and places of `steps.TrainState`; `init(key)` makes
     it; `step(state, batch, key)` takes a step and gives the old state's memory away;
+    `lower(batch)` lowers it for a batch of these shapes, on devices that need not be there;
     `measure(params, batch, key)` gives the metrics of one evaluation batch.
     """
 
@@ -33,6 +34,7 @@ class Setup:
     state: steps.TrainState
     init: Callable[[jax.Array], steps.TrainState]
     step: Callable[..., tuple[steps.TrainState, dict[str, jax.Array]]]
+    lower: Callable[[Any], jax.stages.Lowered]
     measure: Callable[..., Any]
 
     @property
@@ -92,10 +94,18 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
         accumulate=experiment.accumulate,
         ema=experiment.ema,
         skip_nonfinite=experiment.nonfinite == "skip",
+        prepare=getattr(objective, "prepare", None),
     )
     measure = functools.partial(objective.measure, model.apply)
     whole = NamedSharding(mesh, PartitionSpec())
     batch = sharding.batch_sharding(mesh, rules)
+    key = jax.eval_shape(jax.random.key, 0)
+    step = jax.jit(
+        step,
+        in_shardings=(places, batch, whole),
+        out_shardings=(places, whole),
+        donate_argnums=0,
+    )
     return Setup(
         inputs=tuple(inputs),
         mesh=mesh,
@@ -105,18 +115,21 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
         state=state,
         # Not under the rules: its one example need not divide over the mesh.
         init=_under(mesh, (), jax.jit(init, out_shardings=places)),
-        step=_under(
-            mesh,
-            rules,
-            jax.jit(
-                step,
-                in_shardings=(places, batch, whole),
-                out_shardings=(places, whole),
-                donate_argnums=0,
-            ),
-        ),
+        step=_under(mesh, rules, step),
+        lower=_under(mesh.abstract_mesh, rules, lambda batch: step.lower(state, batch, key)),
         measure=_under(mesh, rules, jax.jit(measure, out_shardings=whole)),
     )
+
+
+def check_batch(experiment: Experiment, made: Setup) -> None:
+    """Raises InputError where the devices do not divide the batch."""
+    parts = made.batch_ways * experiment.accumulate
+    if experiment.batch_size % parts:
+        near = max(1, round(experiment.batch_size / parts)) * parts
+        raise InputError(
+            f"batch_size={experiment.batch_size} does not divide over {made.batch_ways} "
+            f"devices and accumulate={experiment.accumulate}; {near} does"
+        )
 
 
 def _under(mesh, rules, function):

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jaxformer.errors import InputError
@@ -107,7 +107,10 @@ def make_mesh(
     # Explicit axes, the default of jax.make_mesh, break linen's logical partitioning.
     types = (AxisType.Auto,) * len(MESH_AXES)
     shape = tuple(named.get(name, 1) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # No layout is known in which each axis has its own links.
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
 
 
 def _parse(text: str) -> dict[str, int]:
@@ -153,10 +156,15 @@ def place(shape: Sequence[int], letters: str) -> PartitionSpec | None:
 
 
 class use:
-    """`with use(mesh, rules):` activations are placed, and bare specs mean this mesh."""
+    """`with use(mesh, rules):` activations are placed, and bare specs mean this mesh.
 
-    def __init__(self, mesh: Mesh, rules: Rules):
-        self.contexts = (jax.set_mesh(mesh), nn.logical_axis_rules(rules))
+    An abstract mesh will do to lower a program for devices that are not there.
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh, rules: Rules):
+        there = isinstance(mesh, Mesh)
+        here = jax.set_mesh(mesh) if there else jax.sharding.use_abstract_mesh(mesh)
+        self.contexts = (here, nn.logical_axis_rules(rules))
 
     def __enter__(self):
         for context in self.contexts:

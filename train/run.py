@@ -18,7 +18,7 @@ from jaxformer import checkpoint
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
-from jaxformer.setup import Setup, setup
+from jaxformer.setup import Setup, check_batch, setup
 from jaxformer.steps import TrainState
 from train.log import Log
 
@@ -113,13 +113,7 @@ def prepare(experiment: Experiment, devices=None) -> Setup:
     """Finds whatever is wrong with an experiment before anything is compiled or written."""
     evaluation.check(experiment)
     made = setup(experiment, _inputs(experiment), devices)
-    parts = made.batch_ways * experiment.accumulate
-    if experiment.batch_size % parts:
-        near = max(1, round(experiment.batch_size / parts)) * parts
-        raise InputError(
-            f"batch_size={experiment.batch_size} does not divide over {made.batch_ways} "
-            f"devices and accumulate={experiment.accumulate}; {near} does"
-        )
+    check_batch(experiment, made)
     return made
 
 

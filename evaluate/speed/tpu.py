@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -34,26 +33,18 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evaluate.speed import bundles
+from jaxformer.plan import chips
+from jaxformer.plan.program import SHAPE, physical_bytes
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
-# No search for a TPU in this machine, and no wait for another process that has libtpu.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **chips.ENVIRONMENT}
 # The final passes alone: a thirtieth of what libtpu would write.
 FLAGS = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final"
 )
 USE = "final_hlo-static-per-bundle-utilization.txt"
 
-_BITS = {"pred": 8, "bf16": 16} | {
-    f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)
-}
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _LOOPS = {"while", "call", "conditional"}
@@ -116,20 +107,8 @@ def compile_for(topology: str, fn: Callable, *arguments):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     place = NamedSharding(Mesh(np.array(devices[:1]), ("chip",)), PartitionSpec())
     lowered = jax.jit(fn, in_shardings=place).lower(*arguments)
-    with _uncached():
+    with chips.uncached():
         return lowered.compile()
-
-
-@contextlib.contextmanager
-def _uncached():
-    """Without a persistent cache: what is there for a TPU only a TPU could read back."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
 
 
 def moved_bytes(program) -> Traffic:
@@ -146,7 +125,7 @@ def moved_bytes(program) -> Traffic:
         if match is None:
             continue
         name, made, opcode, rest = match.groups()
-        shapes = [physical_bytes(m) for m in _SHAPE.finditer(made)]
+        shapes = [physical_bytes(m) for m in SHAPE.finditer(made)]
         sizes[name] = sum(shapes)
         if opcode in _FREE or opcode.endswith("-done"):
             continue
@@ -156,7 +135,7 @@ def moved_bytes(program) -> Traffic:
         if opcode == "copy-start":  # gives (copy, original, context)
             written = shapes[0]
         elif opcode == "slice-start":  # gives (original, slice, context) and reads the slice
-            written, read = shapes[1], _size(list(_SHAPE.finditer(made))[1])
+            written, read = shapes[1], _size(list(SHAPE.finditer(made))[1])
         else:
             written = 0 if opcode.endswith("-start") else sizes[name]
         rows.append((read + written, opcode, name))
@@ -165,23 +144,9 @@ def moved_bytes(program) -> Traffic:
 
 def _size(shape: re.Match) -> int:
     """Bytes of an array wherever it lies, as if it were in HBM."""
-    plain = _SHAPE.search(re.sub(r"S\(\d+\)", "", shape.group(0)))
+    plain = SHAPE.search(re.sub(r"S\(\d+\)", "", shape.group(0)))
     assert plain is not None
     return physical_bytes(plain)
-
-
-def physical_bytes(shape: re.Match) -> int:
-    """Bytes of an array as it lies in HBM, padded to whole tiles; 0 if it lies elsewhere."""
-    kind, dims, order, layout = shape.groups()
-    sizes = [int(d) for d in dims.split(",") if d]
-    if layout and re.search(r"S\(\d+\)", layout):
-        return 0
-    tile = re.search(r"T\((\d+)(?:,(\d+))?\)", layout or "")
-    if tile and sizes:
-        minor = [int(i) for i in order.split(",")]
-        for axis, n in zip(minor, [int(t) for t in tile.groups()[::-1] if t], strict=False):
-            sizes[axis] = math.ceil(sizes[axis] / n) * n
-    return math.prod(sizes) * _BITS[kind] // 8
 
 
 def programs(jobs: Iterable[Job]) -> Iterator[Program | str]:

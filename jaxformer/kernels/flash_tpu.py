@@ -11,6 +11,7 @@ online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformer.kernels import parts, tiles, visits
+from jaxformer.kernels import cost, parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
 from jaxformer.kernels.flash_tpu_tile import (
@@ -43,16 +44,18 @@ def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
     A row of keys that VMEM cannot hold is taken in parts.
 
     Raises:
-      NotImplementedError: a head size that is not a multiple of 8 up to 256, or a dtype
-        other than bfloat16 and float32.
+      NotImplementedError: a head size that is not a multiple of 8 up to 256, a dtype
+        other than bfloat16 and float32, or one query on a chip.
     """
-    check(q)
+    check(q, interpret)
     run = functools.partial(_forward, interpret=interpret)
     return parts.forward(run, q, k, v, case, cut(q, k, case, backward=False))
 
 
-def check(q: Array) -> None:
+def check(q: Array, interpret: Any = False) -> None:
     """Raises NotImplementedError for what no TPU kernel here can do."""
+    if q.shape[1] == 1 and not interpret:
+        raise NotImplementedError("one query: Mosaic multiplies no matrix with a bfloat16 row")
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         raise NotImplementedError(f"head size {q.shape[-1]} is not a multiple of 8 up to 256")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -129,6 +132,7 @@ def _forward(q, k, v, case, *, interpret):
         out_shape=out_shape,
         scratch_shapes=scratch,
         compiler_params=compiler_params((arrays, *out_shape), (specs, *out_specs), scratch),
+        cost_estimate=cost.estimate(q, k, case, cost.FORWARD, arrays, out_shape),
         interpret=interpret,
         name="flash_forward",
     )(arrays)

@@ -14,8 +14,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxformer.kernels import cost, parts
 from jaxformer.kernels import flash_tpu as forward
-from jaxformer.kernels import parts
 from jaxformer.kernels.arithmetic import LOG2E
 from jaxformer.kernels.case import Case, Gradients
 from jaxformer.kernels.flash_tpu import LOW
@@ -47,7 +47,7 @@ def backward(
     Raises:
       NotImplementedError: as `flash_tpu.forward`.
     """
-    forward.check(q)
+    forward.check(q, interpret)
     run = functools.partial(_backward, interpret=interpret)
     cut = forward.cut(q, k, case, backward=True)
     return parts.backward(run, q, k, v, case, out, lse, d_out, d_lse, cut)
@@ -103,6 +103,7 @@ def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
         compiler_params=forward.compiler_params(
             (arrays, out_shape), (specs, out_specs), scratch.values()
         ),
+        cost_estimate=cost.estimate(q, k, case, cost.BACKWARD, arrays, out_shape),
         interpret=interpret,
         name="flash_backward",
     )(arrays)

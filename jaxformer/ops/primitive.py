@@ -77,9 +77,9 @@ def _problem(learned: Gradients, rest: Case, mask, how: How) -> Problem:
     return Problem(*join(learned, rest), mask, how)
 
 
-def _tell(choice: choose.Choice, platform: str | None) -> None:
-    """Says that an accelerator's kernels were left, and why."""
-    if platform in choose.ORDER and choice.name in choose.XLA:
+def _tell(choice: choose.Choice, platform: str | None, queries: int) -> None:
+    """Says that an accelerator's kernels were left, and why; for one query XLA will do."""
+    if platform in choose.ORDER and choice.name in choose.XLA and queries > 1:
         # Told once: Python shows the same warning of the same line a single time.
         warnings.warn(f"attend on {platform}: {choice}", stacklevel=2)
 
@@ -94,8 +94,9 @@ def _still(x) -> ad.Zero:
 
 def _forward(*args, platform, trees, how):
     learned, rest, mask, _ = _parts(args, trees)
-    (out, lse), choice = choose.forward(_problem(learned, rest, mask, how), platform)
-    _tell(choice, platform)
+    problem = _problem(learned, rest, mask, how)
+    (out, lse), choice = choose.forward(problem, platform)
+    _tell(choice, platform, problem.q.shape[1])
     return [out, lse]
 
 
@@ -178,7 +179,7 @@ def _backward(*args, platform, trees, how, with_lse):
     problem = _problem(learned, rest, mask, how)
     d_lse = more[0] if more else None
     found, choice = choose.backward(problem, out, lse, d_out, d_lse, platform)
-    _tell(choice, platform)
+    _tell(choice, platform, problem.q.shape[1])
     types = jax.tree.leaves(learned)
     return [g.astype(x.dtype) for g, x in zip(jax.tree.leaves(found), types, strict=True)]
 

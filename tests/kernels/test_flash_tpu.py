@@ -18,6 +18,7 @@ from jaxformer.kernels import flash_tpu, flash_tpu_backward, tiles
 from jaxformer.kernels.case import Case, Known
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.norm import RMSNorm
+from jaxformer.ops.attention import attend
 from tests.kernels.dense import Sizes, dense, differentiated, draw, side, spans, window
 
 # Little is computed here, so that compiling is what takes time.
@@ -357,3 +358,14 @@ def count_bytes(what, chip, fused, H):
     assert kernels == {"flash_forward"} | ({"flash_backward"} if fn is both else set())
     assert not traffic.loops
     assert traffic.bytes <= BUDGET[what] * x.size * 2, traffic.rows[:9]
+
+
+def test_one_query_compiles_for_a_chip():
+    """As where a probe reads an image, or a token is made: no kernel takes it."""
+    q = jax.ShapeDtypeStruct((2, 1, 2, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+
+    def both(q, k, v):
+        return jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    assert "flash" not in tpu.compile_for(tpu.TOPOLOGIES["v5e"], both, q, k, k).as_text()

@@ -63,6 +63,8 @@ class Trained:
     rules: sharding.Rules
     batch_size: int = 256
     model: nn.Module | None = None  # whose `apply` it is, where a task needs more of it.
+    objective: Any = None  # by which it learned: how it is drawn from, where it can be.
+    averaged: float | None = None  # the decay, where these are averaged parameters.
 
     def collect(self, function: Callable[..., Any], pipeline: Pipeline) -> Any:
         """What `function` makes of every record, in order: arrays `[N, ...]` on the host.
@@ -125,7 +127,16 @@ def run_tasks(experiment: Experiment, made: Setup, params: Any) -> dict[str, met
 def trained(experiment: Experiment, made: Setup, params: Any) -> Trained:
     """An experiment's model with these parameters, where they are."""
     model, size = experiment.model, experiment.eval_batch_size
-    return Trained(model.apply, params, made.mesh, made.rules, size, model)
+    return Trained(
+        model.apply,
+        params,
+        made.mesh,
+        made.rules,
+        size,
+        model,
+        experiment.objective,
+        experiment.ema,
+    )
 
 
 def evaluate_checkpoint(

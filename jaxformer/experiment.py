@@ -76,6 +76,18 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Picture(Protocol):
+    """What a person sees of a model while it learns: a frozen dataclass.
+
+    Such as `evaluate.grid.Grid`.
+    """
+
+    def picture(self, trained: Any, path: pathlib.Path) -> pathlib.Path:
+        """Draws a PNG of a model as `evaluate.run.Trained`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, whole: the same experiment and seed give the same parameters."""
@@ -88,6 +100,7 @@ class Experiment:
     batch_size: int
     evals: dict[str, Pipeline] = dataclasses.field(default_factory=dict)
     tasks: dict[str, Task] = dataclasses.field(default_factory=dict)  # after the last step.
+    pictures: dict[str, Picture] = dataclasses.field(default_factory=dict)  # at every eval.
     eval_every: int = 100
     eval_batch_size: int = 256
     keep: Keep = dataclasses.field(default_factory=Keep)
@@ -137,6 +150,7 @@ FREE = (
     "keep",
     "evals",
     "tasks",
+    "pictures",
     "nonfinite",
     "data.workers",
     "model.remat",

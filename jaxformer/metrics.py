@@ -66,7 +66,30 @@ class Confusion(struct.PyTreeNode):
         return np.asarray(self.sum).astype(int).tolist()
 
 
-Metrics = dict[str, Mean | Perplexity | Calibration | Confusion]
+class Whole(struct.PyTreeNode):
+    """A number of a whole set, which no parts add up to: `sum` is it, `count` of how many."""
+
+    sum: Any
+    count: Any
+
+    def value(self) -> float:
+        """The number."""
+        return float(self.sum)
+
+
+class Note(struct.PyTreeNode):
+    """How a group of metrics was taken: names and values, of `count` examples."""
+
+    about: Any = struct.field(pytree_node=False)
+    count: Any
+    sum: Any = 0
+
+    def value(self) -> dict[str, Any]:
+        """The names and values."""
+        return dict(self.about)
+
+
+Metrics = dict[str, Whole | Note | Mean | Perplexity | Calibration | Confusion]
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:

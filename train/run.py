@@ -146,6 +146,7 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
                     checkpoint.save(run.manager, done, tree, run.data, run.described, scores)
             if scores:
                 run.log.evaluation(done, scores)
+                _pictures(run, state, done)
             run.log.resume_clock()
     run.manager.wait_until_finished()
     if start < experiment.steps and experiment.tasks:
@@ -158,6 +159,14 @@ def _tasks(run: _Run, state: TrainState) -> dict[str, float]:
     found = evaluation.run_tasks(run.experiment, run.made, params)
     scores = {name: evaluation.scalars(metrics) for name, metrics in found.items()}
     return {f"{task}/{name}": v for task, part in scores.items() for name, v in part.items()}
+
+
+def _pictures(run: _Run, state: TrainState, step: int) -> None:
+    """Draws what a person is to see of the model, into the run's folder `pictures`."""
+    params = state.params if state.ema is None else state.ema
+    trained = evaluation.trained(run.experiment, run.made, params)
+    for name, picture in run.experiment.pictures.items():
+        picture.picture(trained, run.log.workdir / "pictures" / f"{name}_{step:06}.png")
 
 
 def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:

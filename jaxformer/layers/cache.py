@@ -26,13 +26,15 @@ class KV(struct.PyTreeNode):
     A token lies in the slot of its position, modulo the number of slots where there is a
     `window`: a ring, which needs no more slots than the window has. A slot of position -1
     is empty. What comes at position -1 or beyond the last slot is left out. A stack of
-    layers has a leading axis of layers in each.
+    layers has a leading axis of layers in each. A token sees what stands before it, or all
+    of its `block`, see `ops.mask.Positions`.
     """
 
     k: Any  # [B, K, S, H], as products read them; or the same by shape.
     v: Any
     positions: Any  # [B, S], int32.
     window: int | None = struct.field(pytree_node=False, default=None)
+    block: int | None = struct.field(pytree_node=False, default=1)
 
     @property
     def slots(self) -> int:
@@ -70,6 +72,18 @@ class KV(struct.PyTreeNode):
         first = first.reshape((1,) * (self.positions.ndim - 2) + first.shape)
         return self.replace(positions=jnp.where(self.positions >= first, -1, self.positions))
 
+    def around(self, at: Int[Array, "B T"]) -> KV:
+        """What stands before and after tokens at positions `at`, which are side by side.
+
+        A look at it goes both ways. -1 is no token.
+        """
+        lead = (1,) * (self.positions.ndim - 2)
+        last = at.max(1, keepdims=True)
+        first = jnp.where(at < 0, jnp.iinfo(at.dtype).max, at).min(1, keepdims=True)
+        first, last = (x.reshape(lead + x.shape) for x in (first, last))
+        inside = (self.positions >= first) & (self.positions <= last)
+        return self.replace(positions=jnp.where(inside, -1, self.positions), block=None)
+
     def beside(self, new: KV) -> KV:
         """New tokens after those of the cache before them, for one look at all of them."""
         old = self.until(new.positions)
@@ -89,7 +103,7 @@ class KV(struct.PyTreeNode):
         shared = len(self.k) == 1 and B > 1
         if shared:
             q, at = q.reshape(1, B * T, N, H), at.reshape(1, B * T)
-        mask = Positions(at, self.positions, self.window)
+        mask = Positions(at, self.positions, self.window, self.block)
         k, v = (x.astype(q.dtype).swapaxes(1, 2) for x in (self.k, self.v))
         if slopes is not None:
             apart = jnp.abs(at[:, None, :, None] - self.positions[:, None, None, :])
@@ -193,12 +207,14 @@ class Stepper(struct.PyTreeNode):
 
     `Stepper(model, {"params": params})`; the model has the methods `hidden` and `logits` of
     `decoder.LanguageModel`. `variables` may hold a "prefix", which all rows share. `prompt`
-    is what `hidden` is given beside the prompts alone, such as `{"images": images}`.
+    is what `hidden` is given beside the prompts alone, such as `{"images": images}`, and
+    `then` what it is given beside the tokens that follow.
     """
 
     model: nn.Module = struct.field(pytree_node=False)
     variables: Mapping[str, Any]
     prompt: Mapping[str, Any] = struct.field(default_factory=dict)
+    then: Mapping[str, Any] = struct.field(default_factory=dict)
 
     def __call__(
         self,
@@ -222,7 +238,7 @@ class Stepper(struct.PyTreeNode):
         else:
             variables["cache"] = cache
         how: dict[str, Any] = {"positions": at, "fresh": fresh, "mutable": ["cache"]}
-        how |= self.prompt if fresh else {}
+        how |= self.prompt if fresh else self.then
         x, new = model.apply(variables, tokens, method="hidden", **how)
         new = new["cache"]
         if "cache" not in variables:

@@ -316,18 +316,27 @@ class Positions(Mask):
     """Causal by positions that are data, for keys in any order: what a cache holds.
 
     A query sees the keys of its own position and of those before it, not farther than
-    `window - 1` where there is a window. A key of position -1 is none; neither sees a
-    query of position -1 anything. Shapes: `q` `[#B, T]`, `k` `[#B, S]`.
+    `window - 1` where there is a window. With a `block` tokens see all of their own block of
+    so many positions and the blocks before it; None is one block of all. A key of position
+    -1 is none; neither sees a query of position -1 anything. Shapes: `q` `[#B, T]`, `k`
+    `[#B, S]`.
     """
 
     q: Int[Array, "#B T"]
     k: Int[Array, "#B S"]
     window: int | None = struct.field(pytree_node=False, default=None)
+    block: int | None = struct.field(pytree_node=False, default=1)
 
     def visible(self, q, k, lengths):
         mine, theirs = self.q[:, q, None], self.k[:, None, k]
-        seen = (theirs >= 0) & (theirs <= mine)
-        return seen if self.window is None else seen & (theirs > mine - self.window)
+        seen = (theirs >= 0) & (mine >= 0)
+        if self.block == 1:
+            seen &= theirs <= mine
+        elif self.block is not None:
+            seen &= theirs // self.block <= mine // self.block
+        if self.window is not None:
+            seen &= (theirs > mine - self.window) & (theirs < mine + self.window)
+        return seen
 
     def check(self, T, S):
         for name, positions, length in (("q", self.q, T), ("k", self.k, S)):

@@ -5,8 +5,9 @@ wherever it stands: after a prompt, before an ending, in the middle. One program
 shapes; a row is drawn by its own key and does not depend on the others.
 
 What is shown in a step is the choice of a `show`: `Chance` (ancestral, MDLM, arXiv
-2406.07524), `Count` (LLaDA, 2502.09992; MaskGIT, 2202.04200; Dream, 2508.15487), `Above`
-(Fast-dLLM, 2505.22618) or `Bound` (EB-Sampler, 2505.24857).
+2406.07524), `FirstHitting` (the same without steps of time, 2409.02908), `Count` (LLaDA,
+2502.09992; MaskGIT, 2202.04200; Dream, 2508.15487), `Above` (Fast-dLLM, 2505.22618) or
+`Bound` (EB-Sampler, 2505.24857). `samplers.blocks` does the same with caches.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class Step(struct.PyTreeNode):
 
     `open` are the masked tokens of the block at work; `number` counts the block's steps from
     0. `logits` are the model's, `token` is what the law drew from them, and `chance` the
-    model's own probability of that.
+    model's own probability of that. Each token has a key of its own.
     """
 
     open: Bool[Array, " T"]
@@ -43,7 +44,7 @@ class Step(struct.PyTreeNode):
     logits: Float[Array, "T V"]
     token: Int[Array, " T"]
     chance: Float[Array, " T"]
-    key: Array
+    keys: Array
 
 
 @runtime_checkable
@@ -54,9 +55,19 @@ class Show(Protocol):
         """Marks them."""
         ...
 
+    def share(
+        self, number: Int[Array, ""], count: Int[Array, ""], last: Float[Array, ""], key: Array
+    ) -> Float[Array, ""] | None:
+        """What share is masked, as the model is told before a step; None has it counted.
+
+        `number` and `count` are the block's steps and its masked tokens, `last` is the share
+        of the step before.
+        """
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
-class Count:
+class Count(Show):
     """As many as it takes to be done in `steps` a block, first those of the best rank.
 
     By "confidence", the probability of what was drawn; its "margin" over the second best;
@@ -79,7 +90,7 @@ class Count:
 
 
 @dataclasses.dataclass(frozen=True)
-class Above:
+class Above(Show):
     """All whose drawn token is at least as probable as `chance`, and the most probable one."""
 
     chance: float = 0.9
@@ -91,7 +102,7 @@ class Above:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Bound(Show):
     """Those of least entropy, while the entropies before the last sum to `nats` or less.
 
     So much at most is lost by drawing them independently of each other.
@@ -109,7 +120,7 @@ class Bound:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chance:
+class Chance(Show):
     """Each by a draw of its own, as the schedule has it: ancestral sampling in `steps`.
 
     All that is left is shown in the last step.
@@ -127,7 +138,30 @@ class Chance:
         ends = 1 - (step.number + jnp.arange(2)) / self.steps
         now, then = self.schedule.masked(jnp.maximum(ends, 0.0))
         chance = jnp.where(step.number + 1 < self.steps, 1 - then / now, 2.0)
-        return step.open & (uniform(step.key, step.open.shape) < chance)
+        return step.open & (_luck(step) < chance)
+
+    def share(self, number, count, last, key):
+        """That of the schedule."""
+        return self.schedule.masked(jnp.maximum(1 - number / self.steps, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstHitting(Show):
+    """One token a step, any alike, and the time at which it is shown: ancestral, exactly.
+
+    In continuous time the first of `n` masked tokens is shown where the share masked is
+    `u ** (1 / n)` of what it was, for a uniform `u`, whatever the schedule.
+    Source: Zheng et al. 2024, arXiv 2409.02908; BD3-LM, 2503.09573.
+    """
+
+    def pick(self, step: Step) -> Bool[Array, " T"]:
+        """Marks it."""
+        return _first(jnp.ones((), jnp.int32), _luck(step), step.open)
+
+    def share(self, number, count, last, key):
+        """That of the moment of the next token."""
+        last = jnp.where(number == 0, 1.0, last)
+        return last * uniform(key, ()) ** (1 / jnp.maximum(count, 1))
 
 
 class Filled(struct.PyTreeNode):
@@ -170,7 +204,46 @@ def sample(
     """
     B, T = tokens.shape
     size = T if block is None else block
-    if T % size:
+    check(tokens, mask_id, size, law)
+    keys = by_row(key, B)
+    of, at = jnp.arange(T) // size, jnp.broadcast_to(jnp.arange(T), (B, T))
+    reveal = revealer(show, law, mask_id, T)
+
+    def go_on(carry):
+        state, *_, step = carry
+        some = (state[0] == mask_id).any()
+        return some if most is None else some & (step < most)
+
+    def told(key, step, number, tokens, opened, last):
+        """The share masked that the model is told of a row."""
+        when = jax.random.split(jax.random.fold_in(key, step), 3)[2]
+        own = show.share(number, opened.sum(), last, when)
+        return (tokens == mask_id).mean() if own is None else own
+
+    def body(carry):
+        (tokens, shown), (block_of, number, last), step = carry
+        masked = tokens == mask_id
+        first = jnp.where(masked, of[None], T).min(1)
+        opened = masked & (of[None] == first[:, None])
+        number = jnp.where(first != block_of, 0, number)
+        steps = jnp.full(B, step)
+        share = jax.vmap(told)(keys, steps, number, tokens, opened, last)
+        new = reveal(keys, steps, number, at, denoise(tokens, share), tokens, opened)
+        new = new if end is None else closed(new, end, mask_id)
+        shown = jnp.where((new != tokens) & masked, step, shown)
+        return (new, shown), (first, number + 1, share), step + 1
+
+    zeros = jnp.zeros(B, jnp.int32)
+    state = (tokens, jnp.full((B, T), -1, jnp.int32))
+    start = (state, (zeros - 1, zeros, jnp.ones(B)), jnp.int32(0))
+    (tokens, shown), _, steps = jax.lax.while_loop(go_on, body, start)
+    return Filled(tokens, shown, steps)
+
+
+def check(tokens: Int[Array, "B T"], mask_id: int, block: int, law: Law) -> None:
+    """Raises InputError for what cannot be filled; see `sample`."""
+    T = tokens.shape[1]
+    if T % block:
         raise InputError(f"block={block} must divide the canvas of {T} tokens")
     if law.looks_back:
         raise InputError("unmasking has no order; set repetition=1 in its law")
@@ -181,47 +254,37 @@ def sample(
                 f"row {int(none.argmax())} has nothing masked: put mask_id={mask_id} where "
                 "tokens are to be filled in"
             )
-    keys = by_row(key, B)
-    of = jnp.arange(T) // size
 
-    def openings(tokens):
-        masked = tokens == mask_id
-        first = jnp.where(masked, of[None], T).min(1, keepdims=True)
-        return masked & (of[None] == first), first[:, 0]
 
-    def go_on(carry):
-        state, *_, step = carry
-        some = (state[0] == mask_id).any()
-        return some if most is None else some & (step < most)
+def revealer(show: Show, law: Law, mask_id: int, length: int) -> Callable[..., Array]:
+    """Makes the function of one step: tokens `[B, t]`, of which some are shown now.
 
-    def body(carry):
-        (tokens, shown), block_of, number, step = carry
-        opened, first = openings(tokens)
-        number = jnp.where(first != block_of, 0, number)
-        logits = denoise(tokens, (tokens == mask_id).mean(1))
-        V = logits.shape[-1]
-        logits = logits.astype(jnp.float32)
-        logits = jnp.where(jnp.arange(V)[None, None] == mask_id, -jnp.inf, logits)
+    It is called with, in this order: `keys` `[B]`; `steps` and `number` `[B]`, the row's
+    and those of its block; the places `at` `[B, t]` of the tokens in a canvas of `length`;
+    `logits` `[B, t, V]`; `tokens` and `opened` `[B, t]`. What is drawn at a place does not
+    depend on which others are looked at.
+    """
 
-        def row(key, logits, tokens, opened, number):
-            draws, picks = jax.random.split(jax.random.fold_in(key, step))
-            token = law.draw(jax.random.split(draws, T), logits)
-            chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], 1)[:, 0]
-            state = Step(opened, number, logits, token, chance, picks)
-            return jnp.where(show.pick(state), token, tokens)
+    def row(key, step, number, at, logits, tokens, opened):
+        draws, picks = (
+            jax.random.split(k, length)[at]
+            for k in jax.random.split(jax.random.fold_in(key, step), 3)[:2]
+        )
+        ids = jnp.arange(logits.shape[-1])[None]
+        logits = jnp.where(ids == mask_id, -jnp.inf, logits.astype(jnp.float32))
+        token = law.draw(draws, logits)
+        chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], 1)[:, 0]
+        step = Step(opened, number, logits, token, chance, picks)
+        return jnp.where(show.pick(step), token, tokens)
 
-        new = jax.vmap(row)(keys, logits, tokens, opened, number)
-        if end is not None:
-            before = jnp.cumsum(new == mask_id, 1) == 0
-            over = jnp.cumsum((new == end) & before, 1) > 0
-            new = jnp.where(over & (new == mask_id), end, new)
-        shown = jnp.where((new != tokens) & (tokens == mask_id), step, shown)
-        return (new, shown), first, number + 1, step + 1
+    return jax.vmap(row)
 
-    zeros = jnp.zeros(B, jnp.int32)
-    start = ((tokens, jnp.full((B, T), -1, jnp.int32)), zeros - 1, zeros, jnp.int32(0))
-    (tokens, shown), *_, steps = jax.lax.while_loop(go_on, body, start)
-    return Filled(tokens, shown, steps)
+
+def closed(tokens: Int[Array, "B T"], end: int, mask_id: int) -> Int[Array, "B T"]:
+    """With `end` in the place of every mask after an `end` before which nothing is masked."""
+    before = jnp.cumsum(tokens == mask_id, 1) == 0
+    over = jnp.cumsum((tokens == end) & before, 1) > 0
+    return jnp.where(over & (tokens == mask_id), end, tokens)
 
 
 def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: int) -> Denoise:
@@ -232,8 +295,9 @@ def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: i
     """
 
     def denoise_both(tokens, share):
-        both = jnp.concatenate([tokens, jnp.where(given, mask_id, tokens)])
-        with_it, without = jnp.split(denoise(both, (both == mask_id).mean(1)), 2)
+        hidden = jnp.where(given, mask_id, tokens)
+        shares = jnp.concatenate([share, (hidden == mask_id).mean(1)])
+        with_it, without = jnp.split(denoise(jnp.concatenate([tokens, hidden]), shares), 2)
         return without + (1 + scale) * (with_it - without)
 
     return denoise_both
@@ -251,7 +315,7 @@ def _rank(step: Step, by: Rank) -> Float[Array, " T"]:
     if by == "confidence":
         return step.chance
     if by == "random":
-        return jax.random.uniform(step.key, step.open.shape)
+        return _luck(step)
     if by == "margin":
         first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(step.logits), 2)[0], -1, 0)
         return first - second
@@ -259,3 +323,8 @@ def _rank(step: Step, by: Rank) -> Float[Array, " T"]:
         log = jax.nn.log_softmax(step.logits)
         return jnp.where(jnp.isneginf(log), 0, jnp.exp(log) * log).sum(-1)
     raise InputError(f"rank={by!r} must be one of confidence, margin, entropy, random")
+
+
+def _luck(step: Step) -> Float[Array, " T"]:
+    """A uniform number for each token, by its own key."""
+    return jax.vmap(lambda key: uniform(key, ()))(step.keys)

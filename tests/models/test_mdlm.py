@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.models.mdlm import MASK_IDS, SIZES, denoiser, named, shifted
+from jaxformer.models.decoder import flops
+from jaxformer.models.mdlm import MASK_IDS, SIZES, Streams, denoiser, named, shifted
 from tests.layers.test_block import randomized
 
 PARAMETERS = {"llada-8b": 8_015_581_184, "dream-7b": 7_615_616_512}  # As published.
@@ -38,3 +39,14 @@ def test_an_unknown_name_lists_the_known():
         ValueError, match="'llada' is no model that unmasks; known are llada-8b"
     ):
         named("llada")
+
+
+def test_operations_of_two_streams():
+    """Blocks of a row see what a row does, twice; blocks of one what a causal row does."""
+    model = named("llada-8b", vocab=11, width=16, depth=3, mlp_dim=24, num_heads=2)
+    T, whole, causal = 8, flops(model, (8,)), flops(model.clone(causal=True), (8,))
+    head = 2 * T * 16 * 11
+    assert Streams(T)(model, (T,)) == 2 * whole - head
+    # A causal row sees T (T + 1) / 2 pairs, as a clean one does; so does the noisy one.
+    assert Streams(1)(model, (T,)) == 2 * causal - head
+    assert Streams(2)(model, (T,)) < Streams(4)(model, (T,)) < Streams(T)(model, (T,))

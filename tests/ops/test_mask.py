@@ -213,6 +213,8 @@ def test_positions_are_data():
     q, k = jnp.array([[0, 1, 2, 3, -1]]), jnp.array([[3, 0, -1, 1, 2]])
     assert picture(Positions(q, k)) == "01000 01010 01011 11011 00000"
     assert picture(Positions(q, k, window=2)) == "01000 01010 00011 10001 00000"
+    assert picture(Positions(q, k, block=2)) == "01010 01010 11011 11011 00000"
+    assert picture(Positions(q, k, window=2, block=None)) == "01010 01011 10011 10001 00000"
     with pytest.raises(ValueError, match=r"Positions.k has shape \(1, 5\) and must have 6"):
         Positions(q, k).dense(5, 6)
 

@@ -9,7 +9,15 @@ import pytest
 from jaxformer.errors import InputError
 from jaxformer.objectives.schedules import Cosine
 from jaxformer.samplers.logits import GREEDY, Law
-from jaxformer.samplers.unmask import Above, Bound, Chance, Count, guided, sample
+from jaxformer.samplers.unmask import (
+    Above,
+    Bound,
+    Chance,
+    Count,
+    FirstHitting,
+    guided,
+    sample,
+)
 
 N, V = 3, 3
 MASK = V
@@ -82,6 +90,45 @@ def test_ancestral_draws_come_near_it_with_steps(schedule):
     independent = independent * LAW.sum((0, 1))[None, None]
     assert one == pytest.approx(np.abs(independent - LAW).sum() / 2, abs=0.02)
     assert many < 0.04 < one
+
+
+def timed(tokens, share):
+    """A model that is told the time, and surer where more is masked."""
+    return truth(tokens, share) * (0.2 + 1.6 * share[:, None, None])
+
+
+def ancestral(steps):
+    """The law of ancestral draws of `timed`, by every canvas and every step."""
+    canvases = jnp.array(list(itertools.product(range(V + 1), repeat=N)))
+    mass = np.zeros(len(canvases))
+    mass[-1] = 1  # All masked.
+    logits = jax.jit(timed)
+    for number in range(steps):
+        now, then = 1 - number / steps, 1 - (number + 1) / steps
+        guess = logits(canvases, jnp.full(len(canvases), now))[..., :V]
+        shown = (1 - then / now) * np.asarray(jax.nn.softmax(guess))
+        moves = np.concatenate([shown, np.full((*shown.shape[:2], 1), then / now)], -1)
+        masked = np.asarray(canvases == MASK)[..., None]
+        moves = np.where(masked, moves, np.eye(V + 1)[np.asarray(canvases)])
+        each = np.einsum("ca,cb,cd->cabd", *(moves[:, i] for i in range(N)))
+        mass = mass @ each.reshape(len(canvases), -1)
+    return mass.reshape((V + 1,) * N)[:V, :V, :V].ravel()
+
+
+def test_first_hitting_is_ancestral_of_steps_without_end():
+    """Also for a model that is told the time, which counting what is masked is not."""
+
+    def found(show):
+        run = jax.jit(functools.partial(sample, timed, mask_id=MASK, show=show))
+        number = np.asarray(run(empty(ROWS), jax.random.key(2)).tokens)
+        number = number @ V ** np.arange(N)[::-1]
+        return np.bincount(number, minlength=V**N) / ROWS
+
+    few, law = ancestral(6), 2 * ancestral(200) - ancestral(100)
+    error = 4 * np.sqrt(law.clip(1e-4) / ROWS)
+    assert (np.abs(found(FirstHitting()) - law) < error).all()
+    assert (np.abs(found(Chance(6)) - few) < 4 * np.sqrt(few / ROWS)).all()
+    assert (np.abs(found(Count(N, "random")) - law) > 1.5 * error).any()
 
 
 def peaked(tokens, share):

@@ -19,6 +19,7 @@ from jaxformer.convert import (
     unmask,
     video,
     vit,
+    vlm,
 )
 from jaxformer.convert.engine import Family
 
@@ -49,10 +50,13 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN2,
         llama.QWEN3,
         gpt2.GPT2,
+        gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
+        vlm.LLAVA,
+        vlm.PALIGEMMA,
         unmask.LLADA,
         unmask.DREAM,
     )

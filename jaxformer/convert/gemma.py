@@ -1,7 +1,7 @@
-"""Gemma 2 and the text model of Gemma 3, of transformers.
+"""Gemma, Gemma 2 and the text model of Gemma 3, of transformers.
 
-Norms stand before and after each branch, and their weights are what they have more than 1.
-Tokens' vectors are multiplied by the root of the width.
+Weights of norms are what they have more than 1, and from Gemma 2 on they stand before and
+after each branch. Tokens' vectors are multiplied by the root of the width.
 """
 
 import dataclasses
@@ -14,13 +14,53 @@ from jaxformer.convert.config import number
 from jaxformer.convert.engine import Family
 from jaxformer.errors import InputError
 from jaxformer.layers.attention import Scores
-from jaxformer.layers.block import SandwichBlock
+from jaxformer.layers.block import Block, SandwichBlock
 from jaxformer.layers.norm import OneRMSNorm
 from jaxformer.models.decoder import LanguageModel
 from jaxformer.ops.rotary_scaling import Rotary
 
 # The bases of Gemma 3's two kinds of layers, with what 4's configs call them.
 THETAS = {language.FULL: ("rope_theta", 1e6), language.SLIDING: ("rope_local_base_freq", 1e4)}
+
+
+# What a config of the first Gemma leaves out.
+_FIRST = {"hidden_size": 3072, "num_attention_heads": 16}
+_TANH = "gelu_pytorch_tanh"
+
+
+def _first_model(config: dict[str, Any], names: set[str], dtype: Any) -> LanguageModel:
+    """The first Gemma: blocks as Llama's."""
+    language.refuse(config, use_bidirectional_attention=None)
+    config = _FIRST | config
+    if config.get("hidden_act", "gelu") == "gelu":  # Which in its first configs was by tanh.
+        config["hidden_act"] = _TANH
+    turns, bias = rotary.rotary_of(config), bool(config.get("attention_bias", False))
+    sizes = {"kv_heads": 16, "head_dim": 256, "use_bias": bias}
+    blocks = [
+        Block(
+            language.attention_of(config, Scores(turns), dtype, **sizes),
+            language.mlp_of(config, 24576, dtype),
+            OneRMSNorm,
+            language.epsilon_of(config),
+        )
+        for _ in range(language.depth_of(config, 28))
+    ]
+    options = {"vocab": 256000, "tied": True, "scaled": True, "norm": OneRMSNorm}
+    return language.assemble(config, names, blocks, turns, dtype, **options)
+
+
+def _first_config(model: Any) -> dict[str, Any] | None:
+    blocks = language.blocks_of(model)
+    if not blocks:
+        return None
+    return {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        **language.told(model, blocks),
+        "intermediate_size": blocks[0].mlp.width,
+        "attention_bias": blocks[0].attention.use_bias,
+        **language.told_rotary(model, blocks[0]),
+    }
 
 
 def _bound(config: Mapping[str, Any], name: str, default: float | None) -> float | None:
@@ -123,11 +163,11 @@ def _config(version: int, model: Any) -> dict[str, Any] | None:
     return found | {"rope_parameters": laws} | rotary.told_length(model.length, None)
 
 
-def _family(version: int) -> Family:
+def _family(name: str, model, config) -> Family:
     return Family(
-        name={2: "gemma2", 3: "gemma3_text"}[version],
-        model=functools.partial(_model, version),
-        config=functools.partial(_config, version),
+        name=name,
+        model=model,
+        config=config,
         entries=language.entries,
         inputs=language.inputs,
         rename=language.RENAME,
@@ -136,4 +176,8 @@ def _family(version: int) -> Family:
     )
 
 
-GEMMA2, GEMMA3 = _family(2), _family(3)
+GEMMA = _family("gemma", _first_model, _first_config)
+GEMMA2, GEMMA3 = (
+    _family(name, functools.partial(_model, version), functools.partial(_config, version))
+    for version, name in ((2, "gemma2"), (3, "gemma3_text"))
+)

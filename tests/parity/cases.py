@@ -1,6 +1,18 @@
 """All cases. A new family is a file of cases and a line here."""
 
-from tests.parity import clip, dino, language, mae, siglip, swin, timm, unmask, video, vit
+from tests.parity import (
+    clip,
+    dino,
+    language,
+    mae,
+    siglip,
+    swin,
+    timm,
+    unmask,
+    video,
+    vit,
+    vlm,
+)
 from tests.parity.case import Case
 
 CASES: dict[str, Case] = {
@@ -15,6 +27,7 @@ CASES: dict[str, Case] = {
         *video.CASES,
         *timm.CASES,
         *language.CASES,
+        *vlm.CASES,
         *unmask.CASES,
     )
 }

@@ -278,6 +278,18 @@ CASES = (
         },
     ),
     _case(
+        "gemma",
+        "Gemma",
+        {
+            "plain norms": blocks(lambda block: dataclasses.replace(block, norm=RMSNorm)),
+            "vectors as they are": wrong("table.scale", 1.0),
+            "gelu by erf": every("mlp.activation", gelu),
+        },
+        hidden_size=16,
+        intermediate_size=18,
+        num_key_value_heads=1,
+    ),
+    _case(
         "gemma2",
         "Gemma2",
         {

@@ -31,6 +31,9 @@ from jaxformer.models.decoder import LanguageModel
 PIECE = 4 * 2**20  # bytes of their tensor that are in memory at a time.
 
 
+Named = tuple[str, np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One line of a family's table.
@@ -66,7 +69,8 @@ class Family:
     the same tensors to the table's; `ignore` match names that hold no parameter;
     `spell(model, name)` is what the hub calls a tensor of the table in a file of this
     model, where that is another name; `unpack(config, tensors)` are the table's tensors,
-    where a file may hold them otherwise than one by one.
+    where a file may hold them otherwise than one by one, and `pack(model, tensors)` those
+    of the file, names and arrays one by one.
     """
 
     name: str  # the model_type of their config.
@@ -80,6 +84,7 @@ class Family:
     unpack: Callable[[Mapping[str, Any], dict[str, Stored]], dict[str, Stored]] = (
         lambda config, tensors: tensors
     )
+    pack: Callable[[Any, Iterator[Named]], Iterator[Named]] = lambda model, tensors: tensors
 
     def tensors(
         self, config: Mapping[str, Any], stored: Mapping[str, Stored]
@@ -314,9 +319,7 @@ def _value(node: Any, name: str) -> Any:
     return value
 
 
-def tensors_of(
-    family: Family, model: nn.Module, params: Any
-) -> Iterator[tuple[str, np.ndarray]]:
+def tensors_of(family: Family, model: nn.Module, params: Any) -> Iterator[Named]:
     """Their tensors, under the hub's names, one at a time.
 
     Raises:
@@ -336,6 +339,10 @@ def tensors_of(
             "params are not the model's (- missing, + unknown, ~ of another shape); save them "
             "with the model they are of:\n" + "\n".join(lines)
         )
+    return family.pack(model, _theirs(family, model, shapes, ours))
+
+
+def _theirs(family: Family, model: nn.Module, shapes, ours) -> Iterator[Named]:
     for name, some in uses(family, model, shapes).items():
         parts = sorted(some, key=lambda use: use.entry.part or (0, 1))
         found = [

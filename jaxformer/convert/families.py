@@ -7,16 +7,19 @@ from jaxformer.convert import (
     clip,
     dinov2,
     dinov3,
+    dit,
     experts,
     gemma,
     gpt2,
     llama,
     mae,
+    mmdit,
     siglip,
     siglip2,
     swin,
     timm,
     unmask,
+    vae,
     video,
     vit,
     vlm,
@@ -57,6 +60,12 @@ FAMILIES: dict[str, Family] = {
         experts.QWEN3_MOE,
         vlm.LLAVA,
         vlm.PALIGEMMA,
+        dit.DIFFUSERS,
+        dit.FACEBOOK,
+        mmdit.SD3,
+        mmdit.QWEN,
+        vae.KL,
+        vae.VQ,
         unmask.LLADA,
         unmask.DREAM,
     )
@@ -64,6 +73,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
-    """The name of a config's family; timm names an `architecture` and no `model_type`."""
+    """The name of a config's family; timm has an `architecture`, diffusers a `_class_name`."""
     kind = config.get("model_type", "timm" if "architecture" in config else None)
+    kind = config.get("_class_name", kind)
     return kind if isinstance(kind, str) else None

@@ -1,5 +1,7 @@
 """Directories as Hugging Face saves them: `config.json` and safetensors, whole or sharded.
 
+Those of diffusers name a `_class_name` in place of a `model_type`, and their files so.
+
 Headers are checked by the safetensors library; bytes are then read from the offsets that it
 has approved, a piece at a time, so that no file is ever in memory as a whole. Nothing is
 unpickled, and the names of tensors are looked up in a table, never in a file system.
@@ -20,6 +22,7 @@ import safetensors.numpy
 from jaxformer.errors import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_"  # What diffusers puts before these.
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": np.float64,
@@ -92,7 +95,9 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
     Raises:
       InputError: no safetensors, or a file that is truncated or lies about itself.
     """
-    index = directory / INDEX
+    theirs = (directory / (DIFFUSERS + name) for name in (WEIGHTS, INDEX))
+    before = DIFFUSERS if any(path.is_file() for path in theirs) else ""
+    index = directory / (before + INDEX)
     if index.is_file():
         try:
             placed = json.loads(index.read_text())["weight_map"]
@@ -104,8 +109,8 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
                 raise InputError(
                     f"{index}: {name!r} lies outside of {directory}; it is refused"
                 )
-    elif (directory / WEIGHTS).is_file():
-        placed, names = None, [WEIGHTS]
+    elif (directory / (before + WEIGHTS)).is_file():
+        placed, names = None, [before + WEIGHTS]
     else:
         pickled = sorted(p.name for p in directory.glob("*.bin"))
         remedy = f"convert {pickled[0]} with safetensors first" if pickled else "fetch it"
@@ -160,6 +165,8 @@ def write(
     What is there under these names is replaced only once all is written.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    before = DIFFUSERS if "_class_name" in config else ""
+    whole, index = directory / (before + WEIGHTS), directory / (before + INDEX)
     written: list[tuple[pathlib.Path, list[str], int]] = []
     shard: dict[str, np.ndarray] = {}
 
@@ -177,18 +184,18 @@ def write(
         close_shard()
         count = len(written)
         if count == 1:
-            written[0][0].replace(directory / WEIGHTS)
-            (directory / INDEX).unlink(missing_ok=True)
+            written[0][0].replace(whole)
+            index.unlink(missing_ok=True)
         else:
             placed = {}
             for i, (path, names, _) in enumerate(written):
-                final = f"model-{i + 1:05}-of-{count:05}.safetensors"
+                final = f"{before}model-{i + 1:05}-of-{count:05}.safetensors"
                 path.replace(directory / final)
                 placed |= dict.fromkeys(names, final)
             total = sum(size for _, _, size in written)
-            index = {"metadata": {"total_size": total}, "weight_map": placed}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            (directory / WEIGHTS).unlink(missing_ok=True)
+            told = {"metadata": {"total_size": total}, "weight_map": placed}
+            index.write_text(json.dumps(told, indent=2) + "\n")
+            whole.unlink(missing_ok=True)
         (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     finally:
         for path in directory.glob(".writing-*.safetensors"):

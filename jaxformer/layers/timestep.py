@@ -99,6 +99,7 @@ class AdaBlock(Block):
     """
 
     norm: Callable[..., nn.Module] = BareLayerNorm
+    mlp_epsilon: float | None = None  # of the MLP's norm; None: that of both.
 
     @nn.compact
     def __call__(
@@ -121,3 +122,8 @@ class AdaBlock(Block):
         y = modulate(self.normed(x, "mlp_norm"), shift, scale)
         y = self.branch(self.mlp(y, train=train), "mlp", **options)
         return constrain(x + gate.astype(x.dtype) * y, "BTD")
+
+    def normed(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
+        """A norm of the block's own kind."""
+        own = self.mlp_epsilon if name == "mlp_norm" else None
+        return self.norm(epsilon=self.epsilon if own is None else own, name=name)(x)

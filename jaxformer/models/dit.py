@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +23,7 @@ from jaxformer.layers.embed import Embedding, GridAngles, PatchEmbed, SincosPosi
 from jaxformer.layers.norm import BareLayerNorm, LayerNorm, RMSNorm
 from jaxformer.layers.timestep import AdaBlock, AdaNorm, TimestepEmbed
 from jaxformer.ops.activation import gelu_tanh, silu
-from jaxformer.ops.patches import unpatchify
+from jaxformer.ops.patches import sincos_at, unpatchify
 from jaxformer.ops.timestep import cosines_first
 
 
@@ -68,7 +69,7 @@ class ClassCondition(nn.Module):
     """A time and a class as the sum of their vectors.
 
     The table has a row for each class and a last one, `num_classes`, for none: that is what
-    a label of None stands for, and in training each label with the chance `drop`, drawn
+    a label of None stands for, and in training each label with the chance `dropout`, drawn
     from the random stream "dropout". A label that is in no row makes NaN. With `tokens` the
     class stands before the image as so many tokens too, each with a learned position, and
     with `timed` the time before those, for blocks that learn of it in no other way.
@@ -76,7 +77,7 @@ class ClassCondition(nn.Module):
 
     width: int
     num_classes: int
-    drop: float = 0.1
+    dropout: float = 0.1
     tokens: int = 0
     timed: bool = False
     features: Callable[..., Array] = cosines_first
@@ -91,8 +92,8 @@ class ClassCondition(nn.Module):
         table = Embedding(D, "VD", name="label")(none + 1)
         if label is None:
             label = jnp.full(t.shape, none)
-        if train and self.drop:
-            dropped = jax.random.bernoulli(self.make_rng("dropout"), self.drop, t.shape)
+        if train and self.dropout:
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), self.dropout, t.shape)
             label = jnp.where(dropped, none, label)
         label = jnp.where(label < 0, none + 1, label)  # Or it would count from the end.
         row = table.at[label].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
@@ -103,6 +104,20 @@ class ClassCondition(nn.Module):
             if self.timed:
                 context = jnp.concatenate([time[:, None], context], 1)
         return Given((time + row)[:, None], context)
+
+
+class StretchedPosition(nn.Module):
+    """Sines and cosines of a grid of `shape`, (rows, columns), stretched over any other.
+
+    Source: diffusers, `PatchEmbed`.
+    """
+
+    width: int
+    shape: tuple[int, int]
+
+    def __call__(self, y: int, x: int) -> Float[Array, "T D"]:
+        rows, columns = (np.arange(n) * m / n for n, m in zip((y, x), self.shape, strict=True))
+        return jnp.asarray(sincos_at(rows, columns, self.width, endpoint=False))
 
 
 class BottleneckEmbed(PatchEmbed):
@@ -184,9 +199,11 @@ class DiT(nn.Module):
 
     `model.apply({"params": params}, x, t, label)` gives images like `x` `[B, Y, X, C]`, or
     of `2 C` channels with `learned_variance`: what is learned of the mean, and then of the
-    variance. Times go from 0 (data) to 1 (noise) and are told in thousandths: step k of the
-    1000 of DDPM, counted from 0, is `t = k / 1000`. Labels are 0 to `num_classes - 1`, and
-    `num_classes` or None for no class at all. Parameters start so that the result is 0.
+    variance. Positions are of images of `size`, (rows, columns), and stretched for others;
+    without `size` they are counted from 0, for those of one size. Labels are 0 to
+    `num_classes - 1`, and `num_classes` or None for no class at all. Times go from 0 (data)
+    to 1 (noise) and are told in thousandths: step k of the 1000 of DDPM, counted from 0, is
+    `t = k / 1000`. Parameters start so that the result is 0.
 
     LightningDiT is `norm=RMSNorm, gated=True, rotary=True`. JiT is that with `qk_norm`,
     `bottleneck=128, context=32, context_from=4` and a patch of 16 pixels or more; what it
@@ -200,6 +217,7 @@ class DiT(nn.Module):
     patch: int
     channels: int = 4
     num_classes: int = 1000
+    size: tuple[int, int] | None = None
     learned_variance: bool = False
     mlp_ratio: float = 4.0  # of the width; a gated MLP has two thirds of it.
     norm: Callable[..., nn.Module] = BareLayerNorm
@@ -261,8 +279,12 @@ class DiT(nn.Module):
         if not self.adaptive and self.context_from:
             raise ValueError("adaptive=False needs context_from=0: how else to know the time")
         rotary = GridAngles(D // self.num_heads, 1e4, parent=None) if self.rotary else None
+        position = SincosPosition(D, endpoint=False, parent=None)
+        if self.size is not None:
+            shape = (self.size[0] // self.patch, self.size[1] // self.patch)
+            position = StretchedPosition(D, shape, parent=None)
         fields: dict[str, Any] = {
-            "position": SincosPosition(D, endpoint=False, parent=None),
+            "position": position,
             "rotary": rotary,
             "channels": self.channels,
             "dtype": dtype,
@@ -332,10 +354,11 @@ def mlp_width(model: DiT) -> int:
     return int(2 * wide / 3) if model.gated else wide
 
 
-def flops(model: DiT, shape: tuple[int, int, int] = (32, 32, 4)) -> int:
+def flops(model: DiT, shape: tuple[int, int, int] = (32, 32, 4), *_) -> int:
     """Floating-point operations of one image forward: 2 for each multiply-add.
 
-    Counts the products of matrices alone. A training step costs three times as much.
+    Counts the products of matrices alone; a label costs none. A training step costs three
+    times as much.
     """
     Y, X, C = shape
     D, F = model.width, mlp_width(model)

@@ -61,11 +61,18 @@ def sincos_2d(
     Raises:
       ValueError: `width` is not a multiple of 4, or below 8 with `endpoint`.
     """
+    return sincos_at(np.arange(y), np.arange(x), width, theta, endpoint=endpoint)
+
+
+def sincos_at(
+    y: np.ndarray, x: np.ndarray, width: int, theta: float = 1e4, *, endpoint: bool = True
+) -> np.ndarray:
+    """`sincos_2d` of the grid of any rows `y` and columns `x`, whole or not."""
     least = 8 if endpoint else 4
     if width % 4 or width < least:
         raise ValueError(f"sincos_2d needs a width divisible by 4 and >= {least}, got {width}")
     omega = theta ** -np.linspace(0, 1, width // 4, endpoint=endpoint)
-    rows, columns = np.mgrid[:y, :x]
+    rows, columns = np.meshgrid(y, x, indexing="ij")
     parts = [f(p.reshape(-1, 1) * omega) for p in (columns, rows) for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 

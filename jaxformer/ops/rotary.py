@@ -35,6 +35,28 @@ def angles_2d(
     return jnp.concatenate(parts, axis=-1)
 
 
+def angles_of_axes(
+    places: tuple[Float[Array, "*B T"] | Int[Array, "*B T"], ...],
+    sizes: tuple[int, ...],
+    theta: float = 1e4,
+) -> Float[Array, "*B T h"]:
+    """Angles of positions on several axes: of a head's numbers, `sizes[i]` turn with axis i."""
+    parts = [angles(p, size, theta) for p, size in zip(places, sizes, strict=True)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def centered_places(y: int, x: int, text: int) -> tuple[Int[Array, "3 T"], Int[Array, "3 S"]]:
+    """Frame, row and column of the patches of one image, and of the tokens of its text.
+
+    Rows and columns are counted from the middle, so that an image of another size goes on
+    both ways; the text is on the diagonal, from where the image ends on the longer side.
+    Source: Qwen-Image (arXiv 2508.02324), MSRoPE.
+    """
+    rows, columns = jnp.mgrid[:y, :x].reshape(2, -1)
+    image = jnp.stack([0 * rows, rows - (y - y // 2), columns - (x - x // 2)])
+    return image, jnp.broadcast_to(max(y // 2, x // 2) + jnp.arange(text), (3, text))
+
+
 def rotate(
     x: Float[Array, "B T N H"], angles: Float[Array, "#B T h"]
 ) -> Float[Array, "B T N H"]:

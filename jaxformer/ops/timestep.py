@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Times = Float[Array, "*B"] | Int[Array, "*B"]
@@ -20,6 +21,15 @@ def cosines_first(t: Times, size: int, period: float = 1e4) -> Float[Array, "*B 
     Source: facebookresearch/DiT, `TimestepEmbedder`; GLIDE and diffusers' Flux have it so.
     """
     turns = _turns(t, size, size // 2, period)
+    return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], -1)
+
+
+def cosines_to_period(t: Times, size: int, period: float = 1e4) -> Float[Array, "*B C"]:
+    """`cosines_first` with frequencies that fall to 1 / `period` itself: i / (n - 1).
+
+    Source: diffusers, `DiTTransformer2DModel`, which so departs from the original DiT.
+    """
+    turns = _turns(t, size, size // 2 - 1, period)
     return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], -1)
 
 
@@ -46,6 +56,7 @@ def steps(t: Times, count: float) -> Float[Array, "*B"]:
 def _turns(t: Times, size: int, count: int, period: float) -> Float[Array, "*B h"]:
     if size % 2 or count < 1:
         raise ValueError(f"size={size} must be even, and 4 or more: half of it are sines")
-    i = jnp.arange(size // 2, dtype=jnp.float32)
-    frequency = jnp.exp(-math.log(period) / count * i)
+    # On the host, and in torch's order: at a thousand steps a rounding of these shows.
+    exponent = np.float32(-math.log(period)) * np.arange(size // 2, dtype=np.float32)
+    frequency = np.exp(exponent / np.float32(count))
     return jnp.asarray(t, jnp.float32)[..., None] * frequency[(None,) * t.ndim]

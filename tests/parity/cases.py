@@ -3,12 +3,15 @@
 from tests.parity import (
     clip,
     dino,
+    dit,
     language,
     mae,
+    mmdit,
     siglip,
     swin,
     timm,
     unmask,
+    vae,
     video,
     vit,
     vlm,
@@ -28,6 +31,9 @@ CASES: dict[str, Case] = {
         *timm.CASES,
         *language.CASES,
         *vlm.CASES,
+        *dit.CASES,
+        *mmdit.CASES,
+        *vae.CASES,
         *unmask.CASES,
     )
 }

@@ -34,7 +34,7 @@ def record(case: Case) -> None:
     module = case.original().eval()
     randomise(module, case.scales)
     module.save_pretrained(case.directory)
-    rename(case.directory / "model.safetensors", case.hub)
+    rename(next(case.directory.glob("*.safetensors")), case.hub)
     inputs = case.inputs(np.random.default_rng(3))
     outputs = case.theirs(module, {k: torch.from_numpy(v) for k, v in inputs.items()})
     found = {name: out.detach().numpy() for name, out in outputs.items()}
@@ -44,6 +44,8 @@ def record(case: Case) -> None:
         with torch.no_grad():
             for p in module.parameters():
                 p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+            for kept in module.buffers():
+                kept.zero_()
         module.save_pretrained(case.directory / "gradients")
         for path in (case.directory / "gradients").iterdir():
             if path.suffix == ".json" and "index" not in path.name:

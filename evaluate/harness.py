@@ -94,19 +94,24 @@ class Harness:
             kinds.setdefault((steps, heat), []).append(number)
         for (steps, heat), numbers in kinds.items():
             texts = self.tokenizer.encode([asked[n][0] for n in numbers])
-            made = generate(
-                self.trained,
-                [[self.prefix, *ids.tolist()] for ids in texts],
-                length=self.length,
-                steps=steps,
-                law=Law(temperature=heat),
-                end=self.tokenizer.end,
-            )
+            prompts = [[self.prefix, *ids.tolist()] for ids in texts]
+            made = self._go_on(prompts, steps, heat)
             for number, ids in zip(numbers, made, strict=True):
                 until = asked[number][1].get("until") or []
                 until = [until] if isinstance(until, str) else until
                 answers[number] = _cut(self.tokenizer.decode(ids), until)
         return answers
+
+    def _go_on(self, prompts: list[list[int]], steps: int, heat: float) -> list[list[int]]:
+        """Up to `steps` ids after each prompt, without the end that closes them."""
+        return generate(
+            self.trained,
+            prompts,
+            length=self.length,
+            steps=steps,
+            law=Law(temperature=heat),
+            end=self.tokenizer.end,
+        )
 
     def _record(self, ids: np.ndarray, first: int) -> Record:
         """Ids of which those from `first` on count, padded."""

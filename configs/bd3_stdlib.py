@@ -8,10 +8,16 @@ Expected: not measured yet. Command:
     python -m evaluate configs/bd3_stdlib.py --checkpoint runs/bd3_stdlib
 """
 
+import dataclasses
+
 from configs.mdlm_stdlib import experiment as mdlm
 from jaxformer.experiment import Experiment, override
+from jaxformer.models.mdlm import Streams
 
 
 def experiment() -> Experiment:
     """Masked diffusion's experiment, by blocks."""
-    return override(mdlm(), "objective.block=16")
+    found = override(
+        mdlm(), "objective.block=16", "tasks.held_out.objective.block=16", "steps=300"
+    )
+    return dataclasses.replace(found, flops=Streams(16))

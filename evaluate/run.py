@@ -1,6 +1,7 @@
 """Evaluation that is exact on any mesh: sums over every example, padding weighs 0."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -101,6 +102,19 @@ class Trained:
         def add(params, batch, key):
             with sharding.use(self.mesh, self.rules):
                 return measure(params, batch, whole)
+
+        data = batches(pipeline, self.batch_size, self._ways)
+        return evaluate(add, self.params, data, self._split)
+
+    def score(self, objective: Any, pipeline: Pipeline) -> metrics.Metrics:
+        """Adds up an objective's `measure` over all batches, each with a key of its own."""
+        measure = jax.jit(
+            functools.partial(objective.measure, self.apply), out_shardings=self._whole
+        )
+
+        def add(params, batch, key):
+            with sharding.use(self.mesh, self.rules):
+                return measure(params, batch, key)
 
         data = batches(pipeline, self.batch_size, self._ways)
         return evaluate(add, self.params, data, self._split)

@@ -40,6 +40,17 @@ class Perplexity(struct.PyTreeNode):
         return math.exp(Mean(self.sum, self.count).value()) if self.count else float("nan")
 
 
+class Error(struct.PyTreeNode):
+    """The standard error of a `Mean` that was drawn: `sum` is of the variances of its parts."""
+
+    sum: Any
+    count: Any
+
+    def value(self) -> float:
+        """nan where nothing was seen."""
+        return math.sqrt(float(self.sum)) / float(self.count) if self.count else float("nan")
+
+
 class Calibration(struct.PyTreeNode):
     """Expected calibration error over equal bins of confidence (Guo et al. 2017).
 
@@ -89,7 +100,7 @@ class Note(struct.PyTreeNode):
         return dict(self.about)
 
 
-Metrics = dict[str, Whole | Note | Mean | Perplexity | Calibration | Confusion]
+Metrics = dict[str, Whole | Note | Mean | Perplexity | Error | Calibration | Confusion]
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxformer import metrics
 from jaxformer.objectives.classify import Classify
@@ -91,3 +92,11 @@ def test_a_uniform_model_loses_log_V_and_smoothing_has_its_closed_form(key):
     found = Classify().loss(lambda v, x, **_: x, {}, half, key)[0]
     expected = -log_p[jnp.arange(10), labels[:10]].mean()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_errors_add_as_variances_do():
+    """Two halves of one variance each: twice the count, the root of twice the variance."""
+    half = metrics.Error(4.0, 10)
+    assert half.value() == 0.2
+    assert metrics.merge(half, half).value() == pytest.approx(8**0.5 / 20)
+    assert np.isnan(metrics.Error(0.0, 0).value())

@@ -56,6 +56,7 @@ def by_time(
     schedule: Schedule = LINEAR,
     block: int | None = None,
     hidden: Bool[Array, "B T"] | None = None,
+    at: Float[Array, "B n"] | None = None,
     floor: float = FLOOR,
 ) -> Noisy:
     """Masks each token with the probability of a time, drawn for a row, or for each block.
@@ -67,12 +68,14 @@ def by_time(
       schedule: see `objectives.schedules`.
       block: tokens a block, which divides T; a row is one block if not given.
       hidden: which tokens may be masked; all if not given.
+      at: the times, of each block; drawn by `times` if not given.
       floor: the time below which all is shown in one step.
     """
     B, T = tokens.shape
     drawn, which = jax.random.split(key)
     size = T if block is None else block
-    t = jnp.repeat(times(drawn, B, T // size), size, axis=1)
+    at = times(drawn, B, T // size) if at is None else at
+    t = jnp.repeat(at, size, axis=1)
     late = jnp.maximum(t, floor)
     share = schedule.masked(late)
     hides = uniform(which, (B, T)) < share
@@ -90,6 +93,7 @@ def by_count(
     mask_id: int,
     block: int | None = None,
     hidden: Bool[Array, "B T"] | None = None,
+    at: Float[Array, "B n"] | None = None,
 ) -> Noisy:
     """Masks exactly k of the n tokens that may be, in each row or block; args as `by_time`."""
     B, T = tokens.shape
@@ -98,7 +102,8 @@ def by_count(
     may = jnp.ones((B, T), bool) if hidden is None else hidden
     may = may.reshape(B, -1, size)
     n = may.sum(-1, keepdims=True)
-    k = jnp.ceil(times(drawn, B, T // size)[..., None] * n)
+    at = times(drawn, B, T // size) if at is None else at
+    k = jnp.ceil(at[..., None] * n)
     order = jnp.where(may, jax.random.uniform(which, may.shape), 2)
     rank = jnp.argsort(jnp.argsort(order, -1), -1)
     hides = (may & (rank < k)).reshape(B, T)
@@ -248,13 +253,18 @@ class Unmask:
                 "timed=True, and other models are told no time"
             )
 
+    def prepare(self, batch: dict, key: Array) -> dict:
+        """With `times` of its rows, one in each part of the whole batch; see `steps`."""
+        B, T = batch["tokens"].shape
+        return batch | {"times": times(key, B, T // (self.block or T))}
+
     def loss(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The bound, nats a token that may be masked; see `NextToken.loss` for the args."""
         drawn, key = jax.random.split(key)
         hidden = learned(batch)
-        noisy = self._noisy(batch["tokens"], drawn, hidden, self.draw)
+        noisy = self._noisy(batch["tokens"], drawn, hidden, self.draw, batch.get("times"))
         options = {"train": True, "rngs": {"dropout": key}}
         each, right = self._guess(apply, params, batch, noisy, options)
         hits = noisy.weight > 0
@@ -269,29 +279,47 @@ class Unmask:
     def measure(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> metrics.Metrics:
-        """The bound: nats a token, perplexity, and `bits_per_byte` where there are `bytes`."""
+        """The bound: nats a token, perplexity, and `bits_per_byte` where there are `bytes`.
+
+        Of 2 samples or more also the standard error of the draw, `loss_error` and
+        `bits_per_byte_error`: by the variance of each row's draws, which counts nothing for
+        strata, so that it is rather too large.
+        """
         hidden = learned(batch)
-        total = jnp.zeros(())
+        drawn = []
         for i in range(self.samples):
-            drawn = jax.random.fold_in(key, i)
-            noisy = self._noisy(batch["tokens"], drawn, hidden, "count")
+            key_of = jax.random.fold_in(key, i)
+            noisy = self._noisy(batch["tokens"], key_of, hidden, "count")
             each, _ = self._guess(apply, params, batch, noisy, {})
-            total += jnp.where(noisy.weight > 0, each * noisy.weight, 0).sum() / self.samples
+            drawn.append(jnp.where(noisy.weight > 0, each * noisy.weight, 0).sum(1))
+        rows = jnp.stack(drawn)
+        total = rows.mean(0).sum()
         count = hidden.sum(dtype=jnp.int32)
         found: metrics.Metrics = {
             "loss": metrics.Mean(total, count),
             "perplexity": metrics.Perplexity(total, count),
         }
+        sizes = {"loss": (1.0, count)}
         if "bytes" in batch:
             size = jnp.where(hidden, batch["bytes"], 0).sum(dtype=jnp.int32)
+            sizes["bits_per_byte"] = (math.log(2), size)
             found["bits_per_byte"] = metrics.Mean(total / math.log(2), size)
+        if self.samples > 1:
+            variance = rows.var(0, ddof=1).sum() / self.samples
+            for name, (unit, size) in sizes.items():
+                found[f"{name}_error"] = metrics.Error(variance / unit**2, size)
         return found
 
-    def _noisy(self, tokens, key, hidden, draw) -> Noisy:
+    def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
         T = tokens.shape[1]
         if self.block is not None and T % self.block:
             raise InputError(f"block={self.block} must divide the row of {T} tokens")
-        how: dict[str, Any] = {"mask_id": self.mask_id, "block": self.block, "hidden": hidden}
+        how: dict[str, Any] = {
+            "mask_id": self.mask_id,
+            "block": self.block,
+            "hidden": hidden,
+            "at": at,
+        }
         if draw == "count":
             return by_count(tokens, key, **how)
         return by_time(tokens, key, schedule=self.schedule, **how)

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxformer.data.loader import Pipeline
@@ -23,6 +24,7 @@ from jaxformer.objectives.unmask import (
     nats,
     two_streams,
 )
+from jaxformer.steps import init_state, train_step
 from tests.layers.test_block import randomized
 
 SCHEDULES = [Linear(), Cosine(), Polynomial(3.0), LogLinear()]
@@ -178,13 +180,47 @@ def test_a_mean_over_stratified_times_varies_less():
         keys = jax.random.split(jax.random.key(0), 400)
         return np.asarray(jax.vmap(lambda k: (draw(k) ** 2).mean())(keys)).var()
 
-    ours = spread(lambda k: times(k, 64))
-    iid = spread(lambda k: jax.random.uniform(k, (64,)))
-    grid = spread(lambda k: (jax.random.uniform(k) + jnp.arange(64) / 64) % 1)
-    print(
-        f"variance of the mean of t ** 2: ours {ours:.1e}, iid {iid:.1e}, one offset {grid:.1e}"
+    def parts(draw, n):
+        """The same in 8 micro-batches, or on 8 devices, each by itself."""
+        return lambda k: jax.vmap(lambda k: draw(k, n // 8))(jax.random.split(k, 8)).ravel()
+
+    def grid(k, n):
+        return (jax.random.uniform(k) + jnp.arange(n) / n) % 1
+
+    found = {
+        "ours": spread(lambda k: times(k, 64)),
+        "ours in 8 parts": spread(parts(times, 64)),
+        "one offset": spread(lambda k: grid(k, 64)),
+        "one offset in 8 parts": spread(parts(grid, 64)),
+        "iid": spread(lambda k: jax.random.uniform(k, (64,))),
+    }
+    told = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+    print(f"variance of the mean of t ** 2 over 64 rows: {told}")
+    assert found["ours"] < min(v for n, v in found.items() if n != "ours") / 10
+    assert found["ours"] < found["iid"] / 100
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_micro_batches_share_the_strata_of_the_whole_batch(block):
+    objective = Unmask(9, block=block)
+
+    def loss_fn(params, batch, key):
+        at = batch["times"].ravel()
+        hits = jnp.zeros(32).at[(at * 32).astype(int)].add(4.0)
+        noisy = objective._noisy(batch["tokens"], key, None, "count", batch["times"])
+        share = jnp.abs(noisy.share[:, :: block or 4] - batch["times"]).max()
+        return (params * 0).sum(), {f"{i:02}": h for i, h in enumerate(hits)} | {"apart": share}
+
+    tokens = jnp.zeros((32, 4) if block is None else (16, 4), jnp.int32)
+    tx = optax.sgd(0.1)
+    state = init_state(jnp.ones(1), tx)
+    take = functools.partial(train_step, loss_fn=loss_fn, tx=tx, prepare=objective.prepare)
+    _, seen = jax.jit(functools.partial(take, accumulate=4))(
+        state, {"tokens": tokens}, jax.random.key(0)
     )
-    assert ours < iid / 100
+    hits = [v for n, v in seen.items() if n.isdigit()]
+    assert len(hits) == 32 and all(hit == 1 for hit in hits)
+    assert seen["apart"] < 1 / (block or 4)  # As many are masked as these times say.
 
 
 T = 8
@@ -196,6 +232,22 @@ def case():
     tokens = jax.random.randint(jax.random.key(0), (2, T), 0, 11)
     variables = jax.jit(MODEL.init)(jax.random.key(1), tokens)
     return tokens, randomized(variables, jax.random.key(2))
+
+
+def test_a_bound_that_is_drawn_tells_its_error():
+    """Strata make the draw vary less than its rows by themselves, of which the error is."""
+    tokens, params = case()
+    objective = Unmask(11, chunk=None, samples=4)
+    batch = {"tokens": tokens, "bytes": jnp.full_like(tokens, 2)}
+
+    def measure(key):
+        found = objective.measure(MODEL.apply, params, batch, key)
+        errors = (found[name].sum for name in ("bits_per_byte_error", "loss_error"))
+        return found["bits_per_byte"].sum / 32, *map(jnp.sqrt, errors)
+
+    mean, bits, nats = jax.jit(jax.vmap(measure))(jax.random.split(jax.random.key(0), 64))
+    assert mean.std() < 1.2 * bits.mean() / 32 < 4 * mean.std()
+    np.testing.assert_allclose(bits * np.log(2), nats, rtol=1e-5)
 
 
 def test_blocks_of_one_are_the_next_token():

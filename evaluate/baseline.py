@@ -1,8 +1,8 @@
-"""What raw pixels and bytes are worth: `python -m evaluate.baseline glyphs`, or `stdlib`.
+"""What raw pixels and bytes are worth: `python -m evaluate.baseline glyphs`, say.
 
 k-nearest neighbours and logistic regression of scikit-learn, on the split that a config
-trains and tests on, without augmentation: what a model has to beat. For text, see
-`compressors`.
+trains and tests on, without augmentation: what a model has to beat. For text (`stdlib`), see
+`compressors`; for questions about scenes of digits (`scenes`), see `ruled`.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluate import compressors
+from evaluate import compressors, ruled
 from jaxformer.data.corpus import Stdlib
 from jaxformer.data.glyphs import FAMILIES, Glyphs
 from jaxformer.data.images import Normalize
+from jaxformer.data.scenes import Scenes
 from jaxformer.data.sources import Digits
 from jaxformer.errors import InputError
 
@@ -93,6 +94,14 @@ def rows(name: str, held: str) -> Iterator[dict]:
             print(f"  {row['baseline']:<22} {bits}  {row['seconds']:.1f} s", flush=True)
             yield row
         return
+    if name == "scenes":
+        print("scenes: right answers of 1,000 to each kind of question")
+        for row in ruled.baselines(Scenes("train", 5000), Scenes("test", 1000)):
+            print(f"  {row['baseline']}")
+            kinds = row["kinds"].items()
+            print("    " + "  ".join(f"{k} {a / n:.4f}" for k, (a, n) in kinds), flush=True)
+            yield row
+        return
     train, test = sources(name, held)
     print(
         f"{name}{f', {held} held out' if name == 'glyphs' else ''}: {len(train)} images of "
@@ -111,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a line a baseline; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluate.baseline",
-        description="k-nearest neighbours and regression on pixels; xz and an n-gram on text.",
+        description="Nearest neighbours and regression on pixels; xz and an n-gram on text.",
     )
-    parser.add_argument("data", choices=("glyphs", "digits", "stdlib"))
+    parser.add_argument("data", choices=("glyphs", "digits", "stdlib", "scenes"))
     parser.add_argument("--held", choices=tuple(FAMILIES), default="STIX", help="of glyphs")
     parser.add_argument("--json", help="a file for the same numbers")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from jaxformer.errors import InputError
 Number = int | float  # what a person may write; tests check types to the letter.
 
 # Nothing else is opened: fewer decoders, less that a file from a stranger can reach.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Decode:
     def __call__(self, record: Record) -> Record:
         name = record.get("source", "image")
         try:
-            with Image.open(io.BytesIO(record["image"]), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(record["image"]), formats=FORMATS) as image:
                 x, y = image.size
                 if x * y > self.max_pixels:
                     raise InputError(

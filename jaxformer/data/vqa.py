@@ -1,0 +1,238 @@
+"""Conversations about images as JSON Lines in LLaVA's layout, and a check of all of them.
+
+A line is `{"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human", "value":
+"<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}`; `image` may be a list, or
+not there. Source of the layout: Liu et al. 2023, arXiv 2304.08485, and the data of its release.
+"""
+
+import io
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxformer.data.corpus import Lines
+from jaxformer.data.images import FORMATS, Decode
+from jaxformer.data.shards import Reopened
+from jaxformer.data.sources import Record
+from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.errors import InputError
+
+MARK = "<image>"
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class Fault(NamedTuple):
+    """What is wrong with one sample: `where` is FILE:LINE, `sample` its id or None."""
+
+    where: str
+    sample: str | None
+    what: str
+
+    def __str__(self) -> str:
+        named = "" if self.sample is None else f" (sample {self.sample})"
+        return f"{self.where}{named}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Dialogues(Reopened):
+    """Each line a row of `length` tokens and up to `most` images, of which answers are learned.
+
+    `source[i]` is int32 `tokens`, `segments` and `answer` `[length]` and float32 `images`
+    `[most, Y, X, C]`. A turn becomes `<|role|>`, a line break, its text and the tokenizer's
+    end (without one, a line break); each `<image>` in it becomes `features` times the token
+    `image`. `answer` is 1 for what the assistant says and the end of it. A row is never cut,
+    so that no image is cut in two. `transforms` take the encoded file, as the record
+    `{"image": bytes}`, to a float32 image of `size`, (rows, columns, channels).
+
+    Raises:
+      InputError: of a line with a fault, by file, line and sample. `check` names all.
+    """
+
+    paths: str | tuple[str, ...]
+    root: str  # the folder in which images lie.
+    tokenizer: Tokenizer
+    length: int
+    image: int
+    features: int
+    size: tuple[int, int, int]
+    transforms: tuple[Callable[[Record], Record], ...] = (Decode(),)
+    most: int = 1
+    max_pixels: int = 64 * 2**20
+    max_aspect: float = 20.0
+
+    @property
+    def vocab(self) -> int:
+        return max(self.tokenizer.vocab, self.image + 1)
+
+    @property
+    def _lines(self) -> Lines:
+        return Lines(self.paths)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._lines[index]
+        wrong = next(self._faults(record), None)
+        if wrong is not None:
+            raise InputError(f"{_fault(record, wrong)}; correct it, or leave the line out")
+        ids, answer = self._encoded(record)
+        spare = (0, self.length - len(ids))
+        images = np.zeros((self.most, *self.size), np.float32)
+        for number, name in enumerate(_named(record)):
+            made: Record = {"image": self._file(name).read_bytes(), "source": name}
+            for transform in self.transforms:
+                made = transform(made)
+            if made["image"].shape != self.size or made["image"].dtype != np.float32:
+                found = f"{made['image'].dtype} {made['image'].shape}"
+                raise InputError(
+                    f"{name}: becomes {found} and must become float32 {self.size}; end the "
+                    "transforms with a crop and Normalize()"
+                )
+            images[number] = made["image"]
+        return {
+            "tokens": np.pad(ids, spare),
+            "segments": np.pad(np.ones_like(ids), spare),
+            "answer": np.pad(answer, spare),
+            "images": images,
+            "source": record["source"],
+        }
+
+    def faults(self, pixels: bool = True) -> Iterator[Fault]:
+        """Every fault of every line; with `pixels` images are decoded whole.
+
+        Without, only their headers are read: what is cut off behind them goes unseen.
+        """
+        lines = self._lines
+        for index in range(len(lines)):
+            try:
+                record = lines[index]
+            except InputError as error:
+                where, _, what = str(error).partition(": ")
+                yield Fault(where, None, what)
+                continue
+            for what in self._faults(record, pixels):
+                yield _fault(record, what)
+
+    def check(self, pixels: bool = True) -> None:
+        """Raises InputError that names every fault, by file, line and sample."""
+        found = list(self.faults(pixels))
+        if found:
+            raise InputError(
+                f"{len(found)} faults in {len(self)} lines; correct them, or leave the lines "
+                "out:\n" + "\n".join(map(str, found))
+            )
+
+    def _faults(self, record: Record, pixels: bool = False) -> Iterator[str]:
+        names = _named(record)
+        if not all(isinstance(name, str) and name for name in names):
+            yield '"image" is neither the name of a file nor a list of such names'
+            names = []
+        said = record.get("conversations")
+        turns = list(_wrong_turns(said))
+        yield from turns
+        if not turns:
+            marks = sum(turn["value"].count(MARK) for turn in said or [])
+            if marks != len(names):
+                yield f"has {marks} {MARK} and {len(names)} images; write one for each image"
+            elif len(ids := self._encoded(record)[0]) > self.length:
+                yield f"has {len(ids)} tokens, images and all, and a row length={self.length}"
+        if len(names) > self.most:
+            yield f"has {len(names)} images and a row most={self.most}"
+        for name in names:
+            wrong = self._wrong_image(name, pixels)
+            if wrong is not None:
+                yield f"{name} {wrong}"
+
+    def _file(self, name: str) -> pathlib.Path:
+        return pathlib.Path(self.root) / name
+
+    def _wrong_image(self, name: str, pixels: bool) -> str | None:
+        root = pathlib.Path(self.root).resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            return "lies outside of the folder of images"
+        try:
+            data = path.read_bytes() if pixels else None
+            file = path if data is None else io.BytesIO(data)
+            with Image.open(file, formats=FORMATS) as image:
+                x, y = image.size
+        except OSError as error:
+            missing = not path.is_file()
+            return "is not there" if missing else f"is no image ({type(error).__name__})"
+        except (ValueError, Image.DecompressionBombError) as error:
+            return f"is no image that can be opened ({type(error).__name__})"
+        if x * y > self.max_pixels:
+            return f"has {x} x {y} pixels, above max_pixels={self.max_pixels}"
+        if max(x, y) > self.max_aspect * min(x, y):
+            return f"has {x} x {y} pixels, longer than max_aspect={self.max_aspect:g} to 1"
+        if data is not None:
+            try:
+                Decode(self.max_pixels)({"image": data, "source": name})
+            except InputError:
+                return "is cut short or damaged"
+        return None
+
+    def _encoded(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and 1 for those that are learned."""
+        close = [] if self.tokenizer.end is None else [self.tokenizer.end]
+        begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
+        ids, answer = [begin], [0] * len(begin)
+        for turn in record["conversations"]:
+            role = _ROLES[turn["from"]]
+            end = "" if close else "\n"
+            texts = [f"<|{role}|>\n", *(turn["value"] + end).split(MARK)]
+            head, *parts = self.tokenizer.encode(texts)
+            body: list[Any] = [parts[0]]
+            for part in parts[1:]:
+                body += [[self.image] * self.features, part]
+            ids += [head, *body, close]
+            count = sum(map(len, body)) + len(close)
+            answer += [0] * len(head) + [int(role == "assistant")] * count
+        return np.concatenate(ids).astype(np.int32), np.array(answer, np.int32)
+
+
+def _named(record: Record) -> list[Any]:
+    """The images of a line, by name."""
+    found = record.get("image")
+    if found is None:
+        return []
+    return found if isinstance(found, list) else [found]
+
+
+def _fault(record: Record, what: str) -> Fault:
+    sample = record.get("id")
+    return Fault(record["source"], None if sample is None else str(sample), what)
+
+
+def _wrong_turns(said: Any) -> Iterator[str]:
+    """What is wrong with the turns of a conversation."""
+    if not isinstance(said, list) or not said:
+        yield 'has no "conversations", a list of turns {"from": "human", "value": "..."}'
+        return
+    before = None
+    for number, turn in enumerate(said):
+        whole = isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        if not whole or turn.get("from") not in _ROLES:
+            yield f'turn {number} is none of {", ".join(_ROLES)} with a "value" that is text'
+            return
+        role, text = _ROLES[turn["from"]], turn["value"]
+        if role == "system":
+            if number:
+                yield f"turn {number} is of system, which may only come first"
+            continue
+        if role == before:
+            yield f"turn {number} is of who spoke before"
+        if before is None and role == "assistant":
+            yield f"turn {number} begins with the assistant"
+        if not text.replace(MARK, "").strip():
+            yield f"turn {number} is an empty {'answer' if role == 'assistant' else 'question'}"
+        if role == "assistant" and MARK in text:
+            yield f"turn {number} is an answer with {MARK} in it"
+        before = role
+    if before == "user":
+        yield "ends with a question that has no answer"

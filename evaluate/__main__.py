@@ -7,6 +7,8 @@ import math
 import pathlib
 import sys
 
+import numpy as np
+
 from jaxformer import checkpoint
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
@@ -78,8 +80,8 @@ def as_json(found: dict) -> dict:
     return {
         name: {
             metric: {
-                "sum": finite(m.sum.tolist()),
-                "count": m.count.tolist(),
+                "sum": finite(np.asarray(m.sum).tolist()),
+                "count": np.asarray(m.count).tolist(),
                 "value": finite(m.value()),
             }
             for metric, m in metrics.items()
@@ -92,7 +94,9 @@ def finite(value):
     """JSON has no NaN: what is not finite is null."""
     if isinstance(value, list):
         return [finite(item) for item in value]
-    return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ def table(step: int, found: dict[str, metrics.Metrics]) -> str:
                 if np.issubdtype(m.sum.dtype, np.integer):
                     text = f"{value:.4f}  {int(m.sum)} of {count}"
                 lines.append(f"  {name}/{metric:<12} {text}")
+            elif isinstance(value, dict):
+                text = ", ".join(f"{k}={v}" for k, v in value.items())
+                lines.append(f"  {name}/{metric}: {text}")
     return "\n".join(lines)
 
 

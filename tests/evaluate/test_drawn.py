@@ -1,0 +1,180 @@
+"""Pictures of a model whose draws are known, judged by a toy, on any mesh."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluate.__main__ import as_json
+from evaluate.draw import Draw
+from evaluate.drawn import Drawn
+from evaluate.encoder import Converted, Look, Run
+from evaluate.generate import Records
+from evaluate.grid import Grid
+from evaluate.report import table
+from evaluate.run import Trained
+from jaxformer import distances
+from jaxformer.data.images import Normalize
+from jaxformer.data.loader import Pipeline
+from jaxformer.errors import InputError
+from jaxformer.objectives.condition import Classes
+from jaxformer.objectives.flow import Flow
+from jaxformer.objectives.gaussian import Gaussian
+from jaxformer.objectives.paths import Reading
+from jaxformer.samplers.ddpm import Ddpm
+from jaxformer.samplers.guidance import Guidance
+from jaxformer.samplers.ode import Ode
+from jaxformer.sharding import FSDP_TENSOR, make_mesh
+
+SHAPE = (2, 2, 1)
+PATTERNS = np.random.default_rng(0).uniform(-0.5, 0.5, (4, *SHAPE)).astype(np.float32)
+HALF = Normalize(mean=0.5, std=0.5)
+
+
+class Denoiser(nn.Module):
+    """Says of everything that it is the pattern of its label, and a bit of what it was."""
+
+    label_dropout: float = 0.1
+
+    def __call__(self, x, t, label=None, *, train=False):
+        label = jnp.full(len(x), 3) if label is None else label
+        return jnp.asarray(PATTERNS)[label] + 0.2 * jnp.tanh(x)
+
+
+class Judge(nn.Module):
+    """Features and logits of a picture in [0, 1] that was made to lie about 0."""
+
+    def __call__(self, image):
+        apart = ((image[:, None] - jnp.asarray(PATTERNS[:3])[None]) ** 2).sum((2, 3, 4))
+        return -20 * apart
+
+    def features(self, image):
+        return image.reshape(len(image), -1)[:, :3]
+
+
+class Toy:
+    name = "toy at step 0"
+
+    def check(self):
+        pass
+
+    def load(self, mesh):
+        model = Judge()
+        return Trained(model.apply, {}, mesh, FSDP_TENSOR, 16, model), (HALF,)
+
+
+def records(seed, count):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=count)
+    off = rng.normal(size=(count, *SHAPE)).astype(np.float32) * 0.1
+    images = (PATTERNS[labels] + off) / 2 + 0.5
+    return Pipeline(Source([{"image": i, "label": int(n)} for i, n in zip(images, labels)]))  # noqa: B905
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Records):
+    num_classes: int = 3
+
+
+TRAIN, TEST = records(1, 40), records(2, 20)
+FLOW = Flow(Classes(3), Reading("data"))
+DRAW = Draw(SHAPE, HALF, Ode(6))
+TASK = Drawn(DRAW, Toy(), TRAIN, TEST, count=30)
+
+
+def model(devices=8, batch=16, objective=FLOW, **fields):
+    mesh = make_mesh("", jax.devices()[:devices])
+    toy = Denoiser(**fields)
+    return Trained(toy.apply, {}, mesh, FSDP_TENSOR, batch, toy, objective, 0.9)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 7), (3, 9), (8, 16)])
+def test_a_judgement_is_that_of_all_rows_on_any_mesh(devices, batch):
+    found = TASK.run(model(devices, batch))
+    images = DRAW.images(model(), [i % 3 for i in range(30)])
+    real = np.stack([record["image"] for record in TRAIN.source.records])
+    at, judge = [2 * x.reshape(len(x), -1)[:, :3] - 1 for x in (real, images)], Judge()
+    reference = distances.statistics(at[0], Toy.name)
+    wanted = distances.frechet(reference, distances.statistics(at[1], Toy.name))
+    assert found["frechet"].value() == pytest.approx(wanted, rel=1e-4)
+    assert found["kernel"].value() == pytest.approx(
+        distances.kernel_distance(*at), rel=1e-3, abs=1e-7
+    )
+    read = np.asarray(judge.apply({}, 2 * images - 1)).argmax(1)
+    assert found["as_asked"].sum == (read == np.arange(30) % 3).sum() > 25
+    assert found["as_asked"].count == 30 and 2 < found["inception"].value() <= 3
+    assert 0 < found["test_frechet"].value() < found["frechet"].value()
+    assert found["test_precision"].value() > 0.5
+    told = found["protocol"].value()
+    assert told | {"count": 30, "steps": 6, "guidance": 1.0, "ema": 0.9, "real": 40} == told
+    assert told["encoder"] == Toy.name and len(told["reference"]) == 12
+    assert "euler" not in told["sampler"] and "heun" in told["sampler"]
+    text = json.loads(json.dumps(as_json({"drawn": found})))["drawn"]
+    assert text["protocol"]["value"]["count"] == 30
+    assert text["frechet"]["value"] == pytest.approx(wanted, rel=1e-4)
+    assert "encoder=toy at step 0" in table(3, {"drawn": found})
+
+
+def test_a_picture_is_that_of_its_number_and_label():
+    two = DRAW.images(model(), [2, 1])
+    three = DRAW.images(model(3, 3), [2, 1, 1])
+    np.testing.assert_allclose(three[:2], two, atol=1e-6)
+    assert (three[2] != two[1]).any() and two.min() >= 0 and two.max() <= 1
+    other = dataclasses.replace(DRAW, seed=1).images(model(), [2, 1])
+    assert (other != two).any()
+    free = DRAW.images(model(objective=Flow(None, Reading("data"))), None, 2)
+    assert free.shape == (2, *SHAPE)
+    down = dataclasses.replace(DRAW, sampler=Ddpm(5))
+    chained = down.images(model(objective=Gaussian(Classes(3), kind="data")), [0, 1, 2])
+    away = np.abs(2 * chained - 1 - PATTERNS[:3]).mean()
+    assert away < 0.25
+
+
+def test_a_grid_has_a_column_a_class(tmp_path):
+    path = Grid(DRAW, rows=4, columns=10).picture(model(), tmp_path / "a" / "grid")
+    with Image.open(path) as image:
+        wide, high = image.size
+        assert path.suffix == ".png" and np.asarray(image).std() > 10
+    assert wide < high  # Three columns, not ten, of four rows.
+
+
+def test_an_encoder_looks_at_pictures_as_its_own_evaluation_does():
+    toy, transforms = Toy().load(make_mesh("", jax.devices()[:1]))
+    images = np.full((3, *SHAPE), 0.75, np.float32)
+    features, logits = Look(toy, transforms).at_images(images)
+    assert (features == 0.5).all() and logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: DRAW.images(model(), [0, 4]), "class 4 is outside the table of 3"),
+        (
+            lambda: dataclasses.replace(DRAW, guidance=Guidance(2.0)).images(
+                model(label_dropout=0.0), [0]
+            ),
+            "with model.label_dropout=0 none was learned",
+        ),
+        (
+            lambda: dataclasses.replace(DRAW, sampler=Ddpm(2000)).images(
+                model(objective=Gaussian(Classes(3))), [0]
+            ),
+            "steps=2000 must be from 1 to 1000",
+        ),
+        (lambda: DRAW.images(model(objective=Flow()), [0]), "the objective has no classes"),
+        (lambda: dataclasses.replace(TASK, count=4).check(), "count=4 must be 5 or more"),
+        (
+            lambda: Run("configs/vit_digits.py", "nowhere").check(),
+            "first run python -m train configs/vit_digits.py, or set tasks={}",
+        ),
+        (lambda: Converted("nowhere").check(), "nowhere: holds no config.json"),
+    ],
+)
+def test_what_cannot_be_is_told(run, message):
+    with pytest.raises(InputError, match=message):
+        run()

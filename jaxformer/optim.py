@@ -7,12 +7,14 @@ axes at each leaf, and `steps` the length of the run. Log the rate with
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
@@ -278,6 +280,70 @@ class _Scaled:
     def make(self, steps: int) -> optax.Schedule:
         rate = self.rate.make(steps)
         return lambda step: self.ratio * rate(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Another recipe for the parameters under `names` alone; the others stay as they are.
+
+    `Parts(AdamW(rate), ("connector",))` is LLaVA's first stage, `("connector", "language")`
+    its second. There is state for what trains and for nothing else. `stopped` makes a loss
+    that asks for no other gradients, which a training step then does not compute.
+
+    Raises:
+      InputError: from `make`, a name that no parameter has.
+    """
+
+    recipe: Any
+    names: tuple[str, ...]  # Paths, or their first parts: `language/stack`.
+
+    @property
+    def rate(self) -> Schedule:
+        """The recipe's."""
+        return self.recipe.rate
+
+    def make(self, axes: PyTree, steps: int) -> optax.GradientTransformationExtraArgs:
+        paths = traverse_util.flatten_dict(axes, sep="/")
+        for name in self.names:
+            if not any(_under(path, name) for path in paths):
+                tops = ", ".join(sorted({path.split("/")[0] for path in paths}))
+                raise InputError(f"names: no parameter is under {name!r}; there are {tops}")
+        inner = optax.with_extra_args_support(self.recipe.make(self._own(axes), steps))
+
+        def update(updates, state, params=None, **extra):
+            own = None if params is None else self._own(params)
+            made, state = inner.update(self._own(updates), state, own, **extra)
+            made = traverse_util.flatten_dict(made, sep="/")
+            zeros = jax.tree.map(jnp.zeros_like, traverse_util.flatten_dict(updates, sep="/"))
+            return traverse_util.unflatten_dict(zeros | made, sep="/"), state
+
+        return optax.GradientTransformationExtraArgs(
+            lambda params: inner.init(self._own(params)), update
+        )
+
+    def stopped(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """`loss(params, ...)` whose gradient is 0 where nothing trains."""
+
+        def stopped(params, *inputs):
+            flat = traverse_util.flatten_dict(params, sep="/")
+            flat = {
+                p: x if self._trains(p) else jax.lax.stop_gradient(x) for p, x in flat.items()
+            }
+            return loss(traverse_util.unflatten_dict(flat, sep="/"), *inputs)
+
+        return stopped
+
+    def _trains(self, path: str) -> bool:
+        return any(_under(path, name) for name in self.names)
+
+    def _own(self, tree: PyTree) -> PyTree:
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        own = {path: x for path, x in flat.items() if self._trains(path)}
+        return traverse_util.unflatten_dict(own, sep="/")
+
+
+def _under(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}/")
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

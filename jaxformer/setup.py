@@ -87,6 +87,8 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
         loss_fn = functools.partial(objective.loss, model.apply)
     else:
         loss_fn = steps.with_stats(objective.loss, model.apply)
+    stopped = getattr(experiment.optimizer, "stopped", None)  # Of optim.Parts.
+    loss_fn = loss_fn if stopped is None else stopped(loss_fn)
     step = functools.partial(
         steps.train_step,
         loss_fn=loss_fn,

@@ -215,7 +215,6 @@ class Stepper(struct.PyTreeNode):
     variables: Mapping[str, Any]
     prompt: Mapping[str, Any] = struct.field(default_factory=dict)
     then: Mapping[str, Any] = struct.field(default_factory=dict)
-    then: Mapping[str, Any] = struct.field(default_factory=dict)
 
     def __call__(
         self,

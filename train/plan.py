@@ -4,6 +4,8 @@ Compiles the training step for TPUs on a machine without one, and prints what it
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -57,11 +59,31 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             path = pathlib.Path(args.json)
             path.parent.mkdir(parents=True, exist_ok=True)
+            about = {"command": command(argv), "versions": versions()}
+            data = about | (data if isinstance(data, dict) else {"plans": data})
             path.write_text(json.dumps(data, indent=1) + "\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if fits else 1
+
+
+def command(argv: list[str] | None) -> list[str]:
+    """What was asked for, without where the answer goes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("--json", "--program"):
+        if name in argv:
+            del argv[argv.index(name) : argv.index(name) + 2]
+    return argv
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def line(made: Plan) -> str:

@@ -3,6 +3,6 @@
 `plan(experiment, "v5p:8x8x8")` gives a `Plan`, as data; `python -m train.plan` prints it.
 """
 
-from jaxformer.plan.plan import Plan, plan
+from jaxformer.plan.ahead import Plan, plan
 
 __all__ = ["Plan", "plan"]

@@ -1,6 +1,6 @@
 """What to change, by what a plan shows."""
 
-from jaxformer.plan.plan import Plan
+from jaxformer.plan.ahead import Plan
 
 _LIGHTER = {"none": "dots", "dots": "full"}
 _HEAVIER = {"full": "dots", "dots": "none"}

@@ -9,7 +9,7 @@ from jaxformer.data import stand_in
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment
 from jaxformer.plan import chips
-from jaxformer.plan.plan import Plan, laid_out, lasting
+from jaxformer.plan.ahead import Plan, laid_out, lasting
 
 REMAT = ("none", "dots", "full")
 TENSOR = (1, 2, 4, 8)

@@ -18,6 +18,11 @@ from jaxformer.models.mdlm import Streams
 def experiment() -> Experiment:
     """Masked diffusion's experiment, by blocks."""
     found = override(
-        mdlm(), "objective.block=16", "tasks.held_out.objective.block=16", "steps=300"
+        mdlm(),
+        "objective.block=16",
+        "tasks.held_out.objective.block=16",
+        "tasks.infill.block=16",
+        "tasks.infill.before=1.0",
+        "steps=300",
     )
     return dataclasses.replace(found, flops=Streams(16))

@@ -11,6 +11,7 @@ parse. xz -9 takes 1.61 alone, and 1.36 after what is learned from. Command:
 """
 
 from evaluate.completions import Completions
+from evaluate.infill import Infill
 from evaluate.likelihood import Likelihood
 from jaxformer.data.corpus import Stdlib
 from jaxformer.data.loader import Pipeline
@@ -49,6 +50,7 @@ def experiment() -> Experiment:
         tasks={
             "held_out": Likelihood(Pipeline(Windows(test, LENGTH, LENGTH // 2)), objective),
             "completions": Completions(Stdlib("test"), tokenizer, LENGTH),
+            "infill": Infill(Stdlib("test"), tokenizer, LENGTH),
         },
         steps=600,
         batch_size=8,

@@ -11,6 +11,7 @@ Expected: not measured yet. Command:
 import dataclasses
 
 from configs.decoder_stdlib import experiment as decoder
+from evaluate.infill import Infill
 from evaluate.likelihood import Likelihood
 from jaxformer.experiment import Experiment
 from jaxformer.objectives.unmask import Unmask
@@ -20,11 +21,14 @@ def experiment() -> Experiment:
     """The decoder's experiment, by another objective; the mask is one more token."""
     causal = decoder()
     mask = causal.model.vocab
-    held_out = causal.tasks["held_out"]
-    assert isinstance(held_out, Likelihood)
+    held_out, infill = causal.tasks["held_out"], causal.tasks["infill"]
+    assert isinstance(held_out, Likelihood) and isinstance(infill, Infill)
     return dataclasses.replace(
         causal,
         model=causal.model.clone(vocab=mask + 1, causal=False),
         objective=Unmask(mask, chunk=None, samples=4),
-        tasks={"held_out": dataclasses.replace(held_out, objective=Unmask(mask, samples=2))},
+        tasks={
+            "held_out": dataclasses.replace(held_out, objective=Unmask(mask, samples=2)),
+            "infill": dataclasses.replace(infill, mask_id=mask),
+        },
     )

@@ -20,8 +20,9 @@ _OPEN = 64  # rows that a conversation is tried in before a new one is begun.
 class Conversations(Reopened):
     """JSON Lines of conversations, whole ones side by side in rows of `length` tokens.
 
-    A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}`
-    with the roles system, user and assistant. A message becomes `<|role|>`, a line break, its
+    A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}`,
+    as OpenAI has it, or `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt",
+    ...}]}`, as ShareGPT has it; see `messages`. A message becomes `<|role|>`, a line break, its
     content and the tokenizer's end (without one, a line break); the tokenizer's begin
     stands before all. `answer` is 1 for what the assistant says and the end of it.
 
@@ -87,32 +88,62 @@ class Conversations(Reopened):
         return row | {"source": f"row {index}"}
 
 
+# The roles of each layout, and ours.
+_OPENAI = {r: r for r in ("system", "user", "assistant")} | {"developer": "system"}
+_SHAREGPT = {"system": "system", "human": "user", "gpt": "assistant"} | _OPENAI
+
+
 def messages(record: Record) -> list[tuple[str, str]]:
-    """Role and content of each message of a line, or InputError that names file and line."""
+    """Role and content of each message of a line, or InputError that names file and line.
+
+    Roles are system, user and assistant; OpenAI's developer is system, ShareGPT's human and
+    gpt are user and assistant. A content is text, or a list of parts of text.
+    """
     where, found = record.get("source", "a record"), []
-    said = record.get("messages")
+    layouts = {
+        "messages": ("role", "content", _OPENAI),
+        "conversations": ("from", "value", _SHAREGPT),
+    }
+    field = next((name for name in layouts if name in record), "messages")
+    who, what, roles = layouts[field]
+    said = record.get(field)
     if not isinstance(said, list) or not said:
         raise InputError(
             f'{where}: has no "messages"; a conversation is {{"messages": [{{"role": "user", '
-            '"content": "..."}, ...]}'
+            '"content": "..."}, ...]} or {"conversations": [{"from": "human", "value": "..."}, '
+            "...]}"
         )
     for number, message in enumerate(said):
-        for name in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(name), str):
+        message = message if isinstance(message, dict) else {}
+        role, content = message.get(who), _text(message.get(what))
+        for name, value in ((who, role), (what, content)):
+            if not isinstance(value, str):
                 raise InputError(
                     f"{where}: message {number} has no {name!r} that is text; add it or leave "
                     "the line out"
                 )
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
+        if role not in roles:
             raise InputError(
-                f"{where}: message {number} has the role {role!r}, which is none of system, "
-                "user, assistant"
+                f"{where}: message {number} has the role {role!r}, which is none of "
+                f"{', '.join(roles)}"
             )
-        if role == "assistant" and not content.strip():
+        if roles[role] == "assistant" and not content.strip():
             raise InputError(f"{where}: message {number} is an empty answer; leave it out")
-        found.append((role, content))
+        found.append((roles[role], content))
     return found
+
+
+def _text(content: Any) -> Any:
+    """Parts of text as one; what is no text stays as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str) or part.get("type") != "text":
+            return content
+        texts.append(text)
+    return "".join(texts)
 
 
 def render(

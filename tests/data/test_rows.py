@@ -163,6 +163,27 @@ def test_only_answers_of_conversations_are_learned(tmp_path):
     assert cut[1]["answer"].sum() < 41 and cut[1]["segments"].all()
 
 
+def test_conversations_of_all_layouts_are_the_same_rows(tmp_path):
+    """OpenAI's, its contents in parts, and ShareGPT's."""
+    plain = [("system", "s"), ("user", "a b"), ("assistant", "c")]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]
+    shared = [("system", "s"), ("human", "a b"), ("gpt", "c")]
+    lines = [
+        said(*plain),
+        said(("developer", "s"), ("user", parts), ("assistant", "c")),
+        json.dumps({"conversations": [{"from": r, "value": c} for r, c in shared]}),
+    ]
+    found = []
+    for number, line in enumerate(lines):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(line)
+        found.append(Conversations(str(path), Bytes(), 64)[0])
+    for other in found[1:]:
+        for name in ("tokens", "segments", "answer"):
+            np.testing.assert_array_equal(other[name], found[0][name])
+    assert found[0]["answer"].sum() == 2
+
+
 def test_bad_conversations_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "talk.jsonl"
     good = said(("user", "hi"), ("assistant", "yes"))
@@ -172,6 +193,10 @@ def test_bad_conversations_are_named_by_file_and_line(tmp_path):
         '{"messages": [{"content": "a"}]}': "talk.jsonl:2: message 0 has no 'role' that is",
         said(("robot", "a")): "talk.jsonl:2: message 0 has the role 'robot', which is none",
         said(("user", "a"), ("assistant", "")): "talk.jsonl:2: message 1 is an empty answer",
+        '{"conversations": [{"from": "human"}]}': "message 0 has no 'value' that is text",
+        '{"conversations": [{"role": "user"}]}': "message 0 has no 'from' that is text",
+        '{"conversations": [{"from": "bard", "value": "a"}]}': "the role 'bard', which is none",
+        said(("user", [{"type": "image_url"}])): "message 0 has no 'content' that is text",
         said(("user", "a")): "talk.jsonl:2: there is no answer to learn; leave the line out",
         said(("user", "a"), ("assistant", "b" * 99)): (
             "talk.jsonl:2: has 126 tokens and a row length=64; leave the line out, make"

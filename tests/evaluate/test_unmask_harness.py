@@ -53,6 +53,7 @@ def test_a_likelihood_is_the_bound_of_what_follows_its_context(kind):
     assert not greedy
 
 
+@pytest.mark.slow
 def test_what_is_filled_in_greedily_is_called_so():
     asked = judge()
     options = {"max_gen_toks": 4}

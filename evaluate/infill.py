@@ -55,7 +55,7 @@ class Infill:
     law: Law = GREEDY
     before: float = 0.5
     most: int = 32
-    count: int = 128
+    count: int = 64
     seed: int = 0
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ NAMES = {
     "attention": "ours beside other kernels, by a GPU, a CPU, or a TPU's compiler",
     "decoder": "training, prefill and decoding of a language model beside torch's",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
+    "unmask": "text by unmasking beside text by the token: speed and quality",
     "vit": "one ViT training step beside torch's",
 }
 

@@ -5,8 +5,8 @@ Data: shards under data/train and data/test as `python -m train.tokenizer write`
 Model: Llama 2 70B (arXiv 2307.09288), 68,976,648,192 parameters, 8 key heads for 64 of
 queries, with its recipe: 4 million tokens a step, peak 1.5e-4, AdamW with b2 0.95.
 Expected: not run here. What it would cost is in docs/pods.md. Command:
-    python -m train.plan configs/decoder_70b.py --topology v5p:8x8x8 --mesh fsdp=512
-    python -m train configs/decoder_70b.py --mesh fsdp=512
+    python -m train.plan configs/decoder_70b.py --topology v5p:8x8x8 --mesh data=4,fsdp=128
+    python -m train configs/decoder_70b.py --mesh data=4,fsdp=128
 """
 
 from evaluate.likelihood import Likelihood
@@ -25,7 +25,7 @@ LENGTH = 4096
 def experiment() -> Experiment:
     """For a pod; the mesh is given with the command."""
     train, test = (Shards((f"data/{split}/*.npy",), vocab=32000) for split in ("train", "test"))
-    objective = NextToken(z_loss=1e-4)
+    objective = NextToken(z_loss=1e-4, chunk=2048)
     return Experiment(
         model=named("llama2-70b", dtype="bfloat16", remat="full"),
         objective=objective,

@@ -7,8 +7,8 @@ tokens a step, AdamW with b2 0.95, 2,000 steps of warm-up, decay to a tenth; and
 of PaLM (arXiv 2204.02311). Parameters and optimizer lie over all chips by `fsdp`.
 Expected: not run here. It is 9.0e22 operations, 22 days of 256 TPU v5p at 40 % of their
 459 Tflop/s. A plan of memory and time before a run is `python -m train.plan`. Command:
-    python -m train configs/decoder_7b.py --mesh fsdp=256
-    python -m evaluate configs/decoder_7b.py --checkpoint runs/decoder_7b --mesh fsdp=256
+    python -m train configs/decoder_7b.py --mesh data=4,fsdp=64
+    python -m evaluate configs/decoder_7b.py --checkpoint runs/decoder_7b --mesh data=4,fsdp=64
 """
 
 from evaluate.likelihood import Likelihood
@@ -27,9 +27,9 @@ LENGTH = 4096
 def experiment() -> Experiment:
     """For a pod; the mesh is given with the command."""
     train, test = (Shards((f"data/{split}/*.npy",), vocab=32000) for split in ("train", "test"))
-    objective = NextToken(z_loss=1e-4)
+    objective = NextToken(z_loss=1e-4, chunk=2048)
     return Experiment(
-        model=named("llama2-7b", dtype="bfloat16", remat="full"),
+        model=named("llama2-7b", dtype="bfloat16", remat="dots"),
         objective=objective,
         optimizer=AdamW(rate=Cosine(peak=3e-4, warmup=0.004, floor=3e-5), b2=0.95),
         data=Pipeline(Rows(train, LENGTH), workers=4),

@@ -7,9 +7,10 @@ import math
 import pathlib
 import sys
 
+import jax
 import numpy as np
 
-from jaxformer import checkpoint
+from jaxformer import checkpoint, hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.metrics import Confusion
@@ -29,11 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="a file for every metric's sum, count and value")
     parser.add_argument("--export", help="a directory to write the model to, as the hub has it")
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
+    hosts.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
     try:
         mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
         experiment = load(args.config, [*args.overrides, *mesh])
+        hosts.join_by(args)
         from evaluate.report import confusion_picture, table
         from evaluate.run import evaluate_checkpoint, restored
 
@@ -44,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.export}: written")
             return 0
         step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
+        if jax.process_index():  # All know it; one tells.
+            return 0
         print(table(step, found))
         if args.json:
             text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)
@@ -59,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"confusion: {path}")
     except OSError as error:
         print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
+        return hosts.leave(2)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return hosts.leave(2)
     return 0
 
 

@@ -5,12 +5,17 @@ import logging
 import pathlib
 import sys
 
+import jax
+
+from jaxformer import hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import fields, load
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status: 0 done, 2 bad input, 1 diverged."""
+    """Trains; returns the exit status: 0 done or asked to end, 2 bad input, 1 diverged or
+    left by another process, 3 stuck.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train", description="Trains the experiment of a config file."
     )
@@ -21,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--explain", action="store_true", help="say where each parameter would lie, and end"
     )
+    parser.add_argument(
+        "--patience", type=float, help="seconds without a step before it ends itself as stuck"
+    )
+    hosts.add_arguments(parser)
     parser.add_argument("--profile", help="FIRST:LAST, steps that a trace is written of")
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
@@ -34,19 +43,31 @@ def main(argv: list[str] | None = None) -> int:
         experiment = load(args.config, [*args.overrides, *mesh])
         workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
         profile = _span(args.profile)
-        from train.run import Diverged, prepare, train  # Not before bad input is found.
+        hosts.join_by(args)
+        from train.run import PATIENCE, Diverged, prepare, train  # Not before bad input.
 
         if args.explain:
             print(prepare(experiment).explanation)
             return 0
         try:
-            train(experiment, workdir, profile=profile)
+            patience = PATIENCE if args.patience is None else args.patience
+            train(experiment, workdir, profile=profile, patience=patience)
         except Diverged as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return hosts.leave(1)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            print(
+                f"error: process {jax.process_index()} lost another one "
+                f"({str(error).splitlines()[0][:200]}); start all of them again: they go on "
+                "from the last checkpoint",
+                file=sys.stderr,
+            )
+            return hosts.leave(1)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return hosts.leave(2)
     return 0
 
 

@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 
 from jaxformer.experiment import Experiment
 from train.curves import draw
+from train.goodput import Clock
 
 # Peak of one chip in bf16 operations a second, from the makers' pages.
 PEAKS = {
@@ -51,9 +52,10 @@ class Log:
         self.flops = flops
         self.first_process = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
+        self.clock = Clock()
         if self.first_process:
             _write_config(workdir / "config.json", described)
-            _rewind(self.path, start)
+            self.clock = Clock(lost=_rewind(self.path, start))
             self.file = self.path.open("a")
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self.console = Console(stderr=False, highlight=False, soft_wrap=True)
@@ -123,6 +125,7 @@ class Log:
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         if self.first_process:
+            row = row | self.clock.take()
             plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
             self.file.write(json.dumps({"step": step} | plain) + "\n")
             self.file.flush()
@@ -147,19 +150,23 @@ def _peak() -> float | None:
     return None
 
 
-def _rewind(path: pathlib.Path, step: int) -> None:
-    """Drops rows after `step`, and a last row that a kill cut short."""
+def _rewind(path: pathlib.Path, step: int) -> float:
+    """Drops rows after `step`, and a last row that a kill cut short; the seconds in them."""
     rows = path.read_text().splitlines() if path.exists() else []
-    kept = []
+    kept, lost = [], 0.0
     for row in rows:
         try:
-            if json.loads(row)["step"] <= step:
+            found = json.loads(row)
+            if found["step"] <= step:
                 kept.append(row + "\n")
+            else:
+                lost += found.get("seconds/all", 0.0)
         except (ValueError, KeyError, TypeError):
             continue
     fresh = path.with_suffix(".new")
     fresh.write_text("".join(kept))
     fresh.replace(path)
+    return lost
 
 
 def _write_config(path: pathlib.Path, described: dict[str, Any]) -> None:

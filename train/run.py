@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,14 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import evaluate.run as evaluation
-from jaxformer import checkpoint
+from jaxformer import checkpoint, hosts
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, check_batch, setup
 from jaxformer.steps import TrainState
 from train.log import Log
+from train.watch import Preempted, Watchdog
 
+PATIENCE = 3600.0  # seconds; a first compile must fit into it.
 SKIPS = 100  # steps in a row that nonfinite=skip leaves out before it gives up.
 
 
@@ -40,6 +44,8 @@ class _Run:
     data: grain.DatasetIterator
     manager: ocp.CheckpointManager
     log: Log
+    preempted: Preempted
+    watchdog: Watchdog
 
 
 def train(
@@ -47,6 +53,7 @@ def train(
     workdir: str | pathlib.Path,
     *,
     profile: tuple[int, int] | None = None,
+    patience: float = PATIENCE,
     devices=None,
 ) -> TrainState:
     """Runs an experiment to its end, from its last checkpoint in `workdir` if any.
@@ -55,6 +62,8 @@ def train(
       experiment: what to run.
       workdir: where the run lives; a run of another experiment there is an error.
       profile: steps between which a trace is written to `workdir/profile`.
+      patience: seconds without a step, an evaluation or a save after which the process is
+        ended as stuck; 0 waits for ever.
       devices: all that JAX sees, if not given.
 
     Raises:
@@ -65,21 +74,22 @@ def train(
         raise InputError(
             f"{workdir}: a run lives on a file system; mount the store and name that"
         )
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{jax.process_count()} processes: training on several hosts is not there yet; "
-            "start one process with all its devices"
-        )
     workdir = pathlib.Path(workdir)
     made = prepare(experiment, devices)
     _writable(workdir)
     folder = workdir / "checkpoints"
-    described = describe(experiment) | {
-        "stream": fingerprint(experiment.data, experiment.batch_size, experiment.seed)
-    }
+    described = describe(experiment)
+    stream = fingerprint(experiment.data, experiment.batch_size, experiment.seed)
+    config = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+    hosts.agree(config=config, data=stream, code=hosts.code())
+    described |= {"stream": stream}
     with contextlib.ExitStack() as stack:
         data = train_batches(
-            experiment.data, batch_size=experiment.batch_size, seed=experiment.seed
+            experiment.data,
+            batch_size=experiment.batch_size,
+            seed=experiment.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
         stack.enter_context(contextlib.closing(data))  # Ends its workers.
         state, key, start = _begin(experiment, made, folder, described, data)
@@ -105,7 +115,9 @@ def train(
             f"{made.mesh.devices.flat[0].device_kind} device(s), {experiment.steps} steps"
         )
         trace = stack.enter_context(_Trace(workdir / "profile", profile))
-        run = _Run(experiment, made, described, key, data, manager, log)
+        preempted = stack.enter_context(Preempted())
+        watchdog = stack.enter_context(Watchdog(patience))
+        run = _Run(experiment, made, described, key, data, manager, log, preempted, watchdog)
         return _loop(run, state, start, trace)
 
 
@@ -114,6 +126,7 @@ def prepare(experiment: Experiment, devices=None) -> Setup:
     evaluation.check(experiment)
     made = setup(experiment, _inputs(experiment), devices)
     check_batch(experiment, made)
+    hosts.check_rows(made.batch, experiment.batch_size)
     return made
 
 
@@ -124,14 +137,17 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
     pending = None
     for done in range(start + 1, experiment.steps + 1):
         trace.at(done)
-        batch = to_mesh(next(run.data), made.batch)
-        state, metrics = made.step(state, batch, run.key)
+        with run.log.clock.doing("input"):
+            batch = to_mesh(next(run.data), made.batch)
+        with run.log.clock.doing("compile") if done == start + 1 else contextlib.nullcontext():
+            state, metrics = made.step(state, batch, run.key)
         if pending is not None:
             _look(run, *pending)
         pending = (done, metrics | {"learning_rate": rate(done - 1)})
         last = done == experiment.steps
+        leaves = run.preempted.at(done) and not last
         evaluates = bool(experiment.evals) and (last or done % experiment.eval_every == 0)
-        saves = last or done % experiment.keep.every == 0
+        saves = last or leaves or done % experiment.keep.every == 0
         if evaluates or saves:
             _look(run, *pending)
             pending = None
@@ -139,15 +155,24 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
                 raise Diverged(_diverged(run, done, "a parameter is not finite"))
             scores = {}
             try:
-                scores = _evaluate(run, state) if evaluates else {}
+                with run.log.clock.doing("evaluation"):
+                    scores = _evaluate(run, state) if evaluates else {}
             finally:  # What was trained is saved, also where an evaluation fails.
                 if saves:
                     tree = {"state": state, "key": _key_data(made, run.key)}
-                    checkpoint.save(run.manager, done, tree, run.data, run.described, scores)
+                    with run.log.clock.doing("save"):
+                        checkpoint.save(
+                            run.manager, done, tree, run.data, run.described, scores
+                        )
             if scores:
                 run.log.evaluation(done, scores)
                 _pictures(run, state, done)
             run.log.resume_clock()
+            run.watchdog.alive(done)
+        if leaves:
+            run.manager.wait_until_finished()
+            run.log.say(f"asked to end: step {done} is saved; the same command goes on from it")
+            return state
     run.manager.wait_until_finished()
     if start < experiment.steps and experiment.tasks:
         run.log.evaluation(experiment.steps, _tasks(run, state))
@@ -172,6 +197,7 @@ def _pictures(run: _Run, state: TrainState, step: int) -> None:
 def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:
     """Reads the metrics of a step, which waits for it, and stops where it diverged."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    run.watchdog.alive(step)
     run.log.step(step, values)
     broken = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
     if broken and run.experiment.nonfinite == "stop":
@@ -209,11 +235,25 @@ def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:
 
 def _begin(experiment, made, folder, described, data) -> tuple[TrainState, jax.Array, int]:
     """The state, the run's key and the step of the last checkpoint, or new ones."""
-    key = jax.random.key(experiment.seed)
+    whole = made.state.step.sharding
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(experiment.seed)
     saved = checkpoint.steps(folder)
-    if not saved:
-        return made.init(key), key, 0
-    step = saved[-1]
+    while saved:
+        step = saved.pop()
+        try:
+            return *_restored(experiment, made, folder, step, described, data, key), step
+        except checkpoint.Damaged as error:
+            if not saved:  # To begin anew is for a person to say.
+                raise
+            print(f"warning: {error}; it is set aside, and step {saved[-1]} is taken")
+            if jax.process_index() == 0:
+                checkpoint.set_aside(folder, step)
+            hosts.meet("set aside")
+    return made.init(key), key, 0
+
+
+def _restored(experiment, made, folder, step, described, data, key):
+    """The state and the run's key as they were saved at a step of the same run."""
     lines = differences(checkpoint.read_experiment(folder, step), described)
     if lines:
         raise InputError(
@@ -225,11 +265,11 @@ def _begin(experiment, made, folder, described, data) -> tuple[TrainState, jax.A
             f"{folder}: the run is at step {step}, beyond steps={experiment.steps}; choose "
             "more steps or another --workdir"
         )
-    data_key = jax.eval_shape(jax.random.key_data, key)
     whole = made.state.step.sharding
+    data_key = jax.eval_shape(jax.random.key_data, key)
     data_key = jax.ShapeDtypeStruct(data_key.shape, data_key.dtype, sharding=whole)
     found = checkpoint.restore(folder, step, {"state": made.state, "key": data_key}, data)
-    return found["state"], jax.random.wrap_key_data(found["key"]), step
+    return found["state"], jax.random.wrap_key_data(found["key"])
 
 
 def _key_data(made: Setup, key: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ from evaluate.__main__ import main as evaluate_main
 from evaluate.run import batches, evaluate_checkpoint
 from jaxformer import checkpoint, convert
 from jaxformer.experiment import load
+from train import report
+from train.goodput import total
 from train.run import Diverged, train
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_digits.py"
@@ -61,6 +63,15 @@ def test_a_run_leaves_everything_a_reader_needs(finished):
     assert checkpoint.steps(workdir / "checkpoints") == [10, 20]
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_a_run_says_where_its_time_went(finished, capsys):
+    spent = total(finished[0] / "metrics.jsonl")
+    assert set(spent) == {"steps", "compile", "input", "evaluation", "save", "lost"}
+    assert min(spent["steps"], spent["compile"], spent["save"]) > 0 and spent["lost"] == 0
+    assert report.main([str(finished[0])]) == 0
+    assert "goodput" in capsys.readouterr().out
+    assert report.main([str(finished[0] / "checkpoints")]) == 2
 
 
 def test_a_run_that_is_done_stays_as_it_is(finished, tmp_path):

@@ -1,0 +1,31 @@
+"""`python -m train.report DIR`: where the time of a run went, and its goodput."""
+
+import argparse
+import pathlib
+import sys
+
+from jaxformer.errors import InputError
+from train.goodput import total
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table; returns the exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.report", description="Says where the time of a run went."
+    )
+    parser.add_argument("directory", help="a run's, such as runs/vit_digits")
+    args = parser.parse_args(argv)
+    try:
+        found = total(pathlib.Path(args.directory) / "metrics.jsonl")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    whole = sum(found.values())
+    for kind, seconds in found.items():
+        print(f"{kind:12} {seconds:12,.1f} s {seconds / whole:7.1%}")
+    print(f"goodput, the share of steps that were kept: {found['steps'] / whole:.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,6 +77,22 @@ class Confusion(struct.PyTreeNode):
         return np.asarray(self.sum).astype(int).tolist()
 
 
+class Use(struct.PyTreeNode):
+    """How many entries of a table are used, as if all were used alike: exp of the entropy.
+
+    `sum` `[V]` is how often each was, `count` how often any was.
+    """
+
+    sum: Any
+    count: Any
+
+    def value(self) -> float:
+        """Between 1 and V; nan where nothing was seen."""
+        seen = float(np.sum(self.sum))
+        share = np.asarray(self.sum)[np.asarray(self.sum) > 0] / max(seen, 1.0)
+        return float(np.exp(-np.sum(share * np.log(share)))) if seen else float("nan")
+
+
 class Whole(struct.PyTreeNode):
     """A number of a whole set, which no parts add up to: `sum` is it, `count` of how many."""
 
@@ -100,7 +116,7 @@ class Note(struct.PyTreeNode):
         return dict(self.about)
 
 
-Metrics = dict[str, Whole | Note | Mean | Perplexity | Error | Calibration | Confusion]
+Metrics = dict[str, Whole | Note | Mean | Perplexity | Error | Calibration | Confusion | Use]
 
 
 def merge(a: PyTree, b: PyTree) -> PyTree:

@@ -14,6 +14,7 @@ import jax
 NAMES = {
     "attention": "ours beside other kernels, by a GPU, a CPU, or a TPU's compiler",
     "decoder": "training, prefill and decoding of a language model beside torch's",
+    "dit": "DiT on latents, training and sampling, beside diffusers'",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
     "unmask": "text by unmasking beside text by the token: speed and quality",
     "vit": "one ViT training step beside torch's",

@@ -158,14 +158,20 @@ class Denoiser(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Y X C"],
-        t: Float[Array, " B"],
+        t: Float[Array, "B ..."],
         label: Int[Array, " B"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "B Y X O"]:
-        tokens, condition = self._run(x, t, label, train)
+        return self.with_early(x, t, label, train=train)[0]
+
+    def with_early(
+        self, x: Float[Array, "B Y X C"], t: Float[Array, "B ..."], label=None, *, train=False
+    ) -> tuple[Float[Array, "B Y X O"], Float[Array, "B T D"]]:
+        """The same, and the image's tokens between `first` and `stack`."""
+        tokens, condition, early = self._run(x, t, label, train)
         patches = self.head(self.norm(tokens, condition)).astype(jnp.float32)
-        return unpatchify(patches, self.embed.patch, (x.shape[1], x.shape[2]))
+        return unpatchify(patches, self.embed.patch, (x.shape[1], x.shape[2])), early
 
     def encode(
         self,
@@ -186,12 +192,13 @@ class Denoiser(nn.Module):
             inputs["condition"] = condition
         if self.first is not None:
             x = self.first(x, **inputs)
+        early = x
         if context is not None:
             x = jnp.concatenate([context.astype(x.dtype), x], 1)
             if "angles" in inputs:
                 lead = (0, 0), (context.shape[1], 0), (0, 0)
                 inputs["angles"] = jnp.pad(inputs["angles"], lead)
-        return self.stack(x, **inputs)[:, -T:], condition
+        return self.stack(x, **inputs)[:, -T:], condition, early
 
 
 class DiT(nn.Module):
@@ -242,7 +249,7 @@ class DiT(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Y X C"],
-        t: Float[Array, " B"],
+        t: Float[Array, "B ..."],
         label: Int[Array, " B"] | None = None,
         *,
         train: bool = False,
@@ -318,8 +325,10 @@ class DiT(nn.Module):
             parent=None,
         )
 
-    def _depths(self) -> list[tuple[int, tuple[float, ...]]]:
+    def _depths(self) -> list[tuple[int, float | tuple[float, ...]]]:
         """Layers before and after the context, and the rate at which each is left out."""
+        if not self.drop_path:
+            return [(self.context_from, 0.0), (self.depth - self.context_from, 0.0)]
         last = max(self.depth - 1, 1)
         rates = tuple(self.drop_path * i / last for i in range(self.depth))
         cut = self.context_from

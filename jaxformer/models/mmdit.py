@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.block import Chain, Mlp, Remat, Stack
 from jaxformer.layers.einsum import Einsum
-from jaxformer.layers.embed import PatchEmbed
+from jaxformer.layers.embed import Embedding, PatchEmbed
 from jaxformer.layers.joint import JointBlock, ScaleNorm
 from jaxformer.layers.norm import BareLayerNorm, RMSNorm
 from jaxformer.layers.timestep import TimestepEmbed
@@ -147,6 +147,18 @@ class TextEmbed(nn.Module):
         return linear(text)
 
 
+class Letters(nn.Module):
+    """Ids of letters or tokens as learned vectors: a text that no other model has read."""
+
+    width: int
+    vocab: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, text: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        return Embedding(self.width, "VD", name="letter")(self.vocab)[text].astype(self.dtype)
+
+
 class TextDenoiser(nn.Module):
     """Images `[B, Y, X, C]`, times and texts to images of `channels`, by parts.
 
@@ -171,7 +183,7 @@ class TextDenoiser(nn.Module):
         self,
         x: Float[Array, "B Y X C"],
         t: Float[Array, " B"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Int[Array, "B S"],
         pooled: Float[Array, "B P"] | None = None,
         real: Bool[Array, "B S"] | None = None,
         *,
@@ -200,7 +212,8 @@ class MMDiT(nn.Module):
     `[B, Y, X, C]`, a velocity in all that are known: noise less data. Times go from 0 (data)
     to 1 (noise). `text` `[B, S, text_width]` are the last states of a model of texts, of
     which `real` `[B, S]` says what is none of padding (at one end); `pooled`
-    `[B, pooled_width]` is one vector of each text. Any height and width that patches
+    `[B, pooled_width]` is one vector of each text. With a `vocab` the text is ids `[B, S]` of
+    so many letters or tokens, read by no other model. Any height and width that patches
     divide: positions are the middle of a table of `table` by `table` patches, or, without
     one, angles on the `axes` of frame, row and column, in Qwen-Image's way. Then the last
     block is like all others; else it only looks at its text.
@@ -219,6 +232,7 @@ class MMDiT(nn.Module):
     qk_norm: bool = False
     own_layers: int = 0  # the first, in which the image looks at itself once more.
     mlp_ratio: int = 4
+    vocab: int | None = None
     remat: Remat = "none"
     unroll: int = 1
     dtype: DTypeLike = jnp.float32
@@ -231,7 +245,7 @@ class MMDiT(nn.Module):
         self,
         x: Float[Array, "B Y X C"],
         t: Float[Array, " B"],
-        text: Float[Array, "B S E"],
+        text: Float[Array, "B S E"] | Int[Array, "B S"],
         pooled: Float[Array, "B P"] | None = None,
         real: Bool[Array, "B S"] | None = None,
         *,
@@ -253,17 +267,15 @@ class MMDiT(nn.Module):
             position = CroppedPosition(D, self.table, self.base, parent=None)
         else:
             angles = JointAngles(self.axes, parent=None)
+        norm = None if self.table else RMSNorm(parent=None)
+        text = TextEmbed(D, self.text_width, norm, dtype, parent=None)
+        if self.vocab is not None:
+            text = Letters(D, self.vocab, dtype, parent=None)
         return TextDenoiser(
             PatchEmbed(
                 self.patch, D, position, channels=self.channels, dtype=dtype, parent=None
             ),
-            TextEmbed(
-                D,
-                self.text_width,
-                None if self.table else RMSNorm(parent=None),
-                dtype,
-                parent=None,
-            ),
+            text,
             TextCondition(D, self.pooled_width, dtype, parent=None),
             self._stack(),
             ScaleNorm(BareLayerNorm(parent=None), parent=None),
@@ -318,6 +330,7 @@ def flops(model: MMDiT, shape: tuple[int, int, int], text: int) -> int:
     P, wide = model.patch**2 * C, 2 * model.mlp_ratio
     total = T * 2 * P * D + text * model.text_width * D + 256 * D + D * D + 2 * D * D
     total += (model.pooled_width + D) * D if model.pooled_width else 0
+    total -= text * model.text_width * D if model.vocab else 0
     layer = (T + text) * (4 + wide) * D * D + 2 * (T + text) ** 2 * D + 12 * D * D
     total += model.depth * layer
     total += model.own_layers * (4 * T * D * D + 2 * T * T * D + 3 * D * D)

@@ -97,11 +97,11 @@ class KLAutoencoder(nn.Module):
 
     def encode(
         self, images: Float[Array, "B Y X C"], key: Array | None = None
-    ) -> Float[Array, "B y x C"]:
+    ) -> Float[Array, "B y x Z"]:
         """Latents as a diffusion model takes them."""
         return (self.posterior(images).draw(key) - self.shift) * self.scale
 
-    def decode(self, latents: Float[Array, "B y x C"]) -> Float[Array, "B Y X C"]:
+    def decode(self, latents: Float[Array, "B y x Z"]) -> Float[Array, "B Y X C"]:
         """Images of such latents."""
         if latents.shape[-1] != self.latent:
             raise ValueError(

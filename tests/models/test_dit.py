@@ -104,7 +104,7 @@ def test_the_parameter_tree_is_a_public_format():
     assert paths == expected | {"condition/label/embedding"}
 
 
-SLOW = ("LightningDiT", "in context")  # JiT has most of their parts.
+SLOW = ("LightningDiT", "JiT", "in context")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Case:
       gradients: whether gradients are compared; some outputs have none.
       hub: regular expressions and replacements of tensors' names, where transformers
         writes others than those on the hub; it must load these.
+      slow: left to the slow tests: what it has more than another is little.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     gradients: bool = True
     hub: tuple[tuple[str, str], ...] = ()
+    slow: bool = False
 
     @property
     def directory(self) -> pathlib.Path:

@@ -129,5 +129,6 @@ CASES = (
         _ours,
         {"one epsilon": wrong("stack.block.mlp_epsilon", None)},
         CALM,
+        slow=True,
     ),
 )

@@ -173,6 +173,7 @@ CASES = (
             ),
         },
         CALM,
+        slow=True,
     ),
     Case(
         "qwen_image",

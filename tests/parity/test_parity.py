@@ -23,7 +23,13 @@ jit = functools.partial(jax.jit, compiler_options=FAST)
 load = functools.cache(lambda name: convert.load(CASES[name].directory))
 
 
-@pytest.mark.parametrize("name", CASES)
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if case.slow else name
+    for name, case in CASES.items()
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_are_the_originals(name):
     case = CASES[name]
     inputs, theirs = case.answers()
@@ -55,7 +61,7 @@ def test_one_wrong_fact_is_noticed(name, fact):
     assert distance(ours, theirs) > 2 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_saved_is_what_was_loaded(name, tmp_path):
     case = CASES[name]
     model, params = load(name)

@@ -127,5 +127,6 @@ CASES = (
                 x,
             )
         },
+        slow=True,
     ),
 )

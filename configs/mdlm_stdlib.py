@@ -3,7 +3,8 @@
 Data: the running Python's library without its tests, as in decoder_stdlib.py.
 Model: the same decoder without the causal mask, trained by masked diffusion (MDLM, arXiv
 2406.07524; MD4, 2406.04329). Bits per byte are a bound, drawn by count, and above the truth.
-Expected: not measured yet. Command:
+Expected: at most 2.65 bits a byte of the held-out files after 14.5 CPU minutes, where the
+decoder has 1.75 and counts of single tokens 2.72: so few steps are too few. Command:
     python -m train configs/mdlm_stdlib.py
     python -m evaluate configs/mdlm_stdlib.py --checkpoint runs/mdlm_stdlib
 """

@@ -31,8 +31,8 @@ def experiment() -> Experiment:
     """Minutes on two CPU cores; every number of it can be overridden."""
     normalize = Normalize(mean=0.5, std=0.5)  # To [-1, 1].
     train, test = (Pipeline(Digits(split), (normalize,)) for split in ("train", "test"))
-    plain = Draw((8, 8, 1), normalize, Ode(50))
-    guided = Draw((8, 8, 1), normalize, Ode(50), Guidance(1.5))
+    plain = Draw((8, 8, 1), normalize, Ode(25))
+    guided = Draw((8, 8, 1), normalize, Ode(25), Guidance(1.5))
     judge = Run("configs/vit_digits.py", "runs/vit_digits")
     return Experiment(
         model=DiT(

@@ -77,7 +77,8 @@ class Guidance:
             said = says(both(x, x), both(t, t), both(label, none))
             said = said.reshape(len(x), 2, *said.shape[1:])
             its, without = said[:, 0], said[:, 1]
-            inside = (self.first <= t) & (t <= self.last)
+            now = t.reshape(len(t), -1)[:, 0]  # What follows it is a span.
+            inside = (self.first <= now) & (now <= self.last)
             scale = over(jnp.where(inside, self.scale, 1.0), its)
             moved = without + scale * (its - without)
             C = x.shape[-1] if self.channels is None else self.channels

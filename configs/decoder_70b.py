@@ -4,7 +4,7 @@ Data: shards under data/train and data/test as `python -m train.tokenizer write`
 32,000 ids at most, and where their documents end beside them.
 Model: Llama 2 70B (arXiv 2307.09288), 68,976,648,192 parameters, 8 key heads for 64 of
 queries, with its recipe: 4 million tokens a step, peak 1.5e-4, AdamW with b2 0.95.
-Expected: not run here. What it would cost is in docs/pods.md. Command:
+Expected: not run here, nor planned: `python -m train.plan` says what it would cost. Command:
     python -m train.plan configs/decoder_70b.py --topology v5p:8x8x8 --mesh data=4,fsdp=128
     python -m train configs/decoder_70b.py --mesh data=4,fsdp=128
 """

@@ -14,7 +14,7 @@ from tests.train.processes import DEVICES, ended, started
 from tests.train.test_train import CONFIG, TINY, losses, rows, run
 
 SMALL = (str(CONFIG), *TINY, "mesh=data=2,fsdp=2", "eval_every=1000", "steps=1000")
-LENGTH = 100  # steps of the run that comes to its end.
+LENGTH = 60  # steps of the run that comes to its end.
 
 
 def wait_for(workdir, step, processes, seconds=120):
@@ -25,6 +25,7 @@ def wait_for(workdir, step, processes, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_for_both_and_one_alone_goes_on(tmp_path):
     """All end at one step with status 0; another number of hosts sees the same records."""
     workdir = tmp_path / "two"

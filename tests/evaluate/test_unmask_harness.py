@@ -64,6 +64,7 @@ def test_what_is_filled_in_greedily_is_called_so():
         assert asked.loglikelihood([("ab", texts[0])])[0][1]
 
 
+@pytest.mark.slow
 def test_prompts_beside_it_do_not_change_an_answer():
     asked = judge()
     options = {"max_gen_toks": 4, "until": []}

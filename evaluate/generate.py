@@ -38,8 +38,12 @@ def generate(
     law: Law = PLAIN,
     end: int | None = None,
     seed: int = 0,
+    beside: Sequence[Record] | None = None,
 ) -> list[list[int]]:
     """Up to `steps` ids after each prompt, without the `end` that closes them.
+
+    `beside` are arrays that the model is given with each prompt, such as `{"images": ...}`;
+    then no prompt is cut.
 
     A prompt is cut at its start to the last `length - steps` ids, so that all of it and what
     follows go into a cache of `length`. The draw for prompt i depends on `seed` and i alone.
@@ -59,15 +63,22 @@ def generate(
             raise InputError(
                 f"prompt {number} has no token; begin it with the tokenizer's begin"
             )
+        if beside is not None and len(ids) < len(prompt):
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, and length={length} leaves {room}; "
+                "make the length greater"
+            )
         record = {"tokens": np.pad(ids, (0, room - len(ids))), "lengths": np.int32(len(ids))}
-        records.append(record | {"number": np.int32(number)})
+        more = {} if beside is None else beside[number]
+        records.append(record | {"number": np.int32(number)} | more)
     model: Any = trained.model
+    given = () if beside is None else tuple(beside[0])
 
     def run(apply, params, batch):
         variables = {"params": params}
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["number"])
         made = sample(
-            Stepper(model, variables),
+            Stepper(model, variables, {name: batch[name] for name in given}),
             empty(model, variables, len(batch["tokens"]), length),
             batch["tokens"],
             # What fills up the last batch is a prompt of one token.

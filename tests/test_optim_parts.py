@@ -45,7 +45,9 @@ def test_there_is_state_for_what_trains_alone(names):
     print(f"{names}: {2 * trained} of {state_bytes(ADAMW)} bytes")
 
 
-@pytest.mark.parametrize("recipe", [ADAMW, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    "recipe", [ADAMW, pytest.param(MUON, marks=pytest.mark.slow)], ids=["adamw", "muon"]
+)
 def test_what_does_not_train_is_bitwise_the_same_after_100_steps(recipe):
     names = ("connector", "language/norm")
     model, params, parts = test_vlm.MODEL, test_vlm.params(), Parts(recipe, names)

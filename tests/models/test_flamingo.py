@@ -93,6 +93,7 @@ def test_the_last_image_of_a_segment_is_seen(tokens, segments, shared, seen):
     np.testing.assert_array_equal(latest(jnp.array([tokens]) == 1, *given), [seen])
 
 
+@pytest.mark.slow  # test_vlm has the same of masks; here are the images' numbers.
 def test_packed_is_padded():
     some = samples()
     packed = row(some, 20, 3)

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluate import ask
+from evaluate.answers import answered, picture
+from evaluate.generate import generate
+from evaluate.run import Trained
+from jaxformer import sharding
+from jaxformer.data.images import Normalize
+from jaxformer.data.loader import Pipeline
+from jaxformer.data.scenes import END, IMAGE, VOCAB, Ask, Scenes, decode, encode, question
+from jaxformer.errors import InputError
+from jaxformer.layers.block import Chain
+from jaxformer.layers.connect import Merge, Project
+from jaxformer.models.decoder import Decoder
+from jaxformer.models.vit import ViT
+from jaxformer.models.vlm import VLM
+from tests.layers.test_block import randomized
+
+KINDS = ("left", "read")
+MODEL = VLM(
+    ViT(8, 1, 12, 2, 8, 0, size=(16, 32), pool="gap"),
+    Chain((Merge(2, (2, 4)), Project(12))),
+    Decoder(vocab=VOCAB, width=12, depth=1, mlp_dim=16, num_heads=2),
+    IMAGE,
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    tokens, images = jnp.full((1, 4), 3), jnp.zeros((1, 1, 16, 32, 1))
+    variables = jax.jit(MODEL.init)(jax.random.key(0), tokens, images)
+    params = randomized(variables, jax.random.key(1))
+    # It never draws a place of an image, of which there would be no feature.
+    table = params["language"]["table"]["embedding"].at[IMAGE].set(0)
+    params["language"]["table"]["embedding"] = table
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    return Trained(MODEL.apply, params, mesh, sharding.DATA_PARALLEL, 4, MODEL)
+
+
+@pytest.mark.slow  # Compiles a program or two.
+def test_answers_are_what_is_likeliest_after_the_image_and_the_question(trained, tmp_path):
+    test = Pipeline(Scenes("test", 5), (Normalize(), Ask(2, 40, KINDS)))
+    found = answered(trained, test, range(3))
+    apply = jax.jit(MODEL.apply)
+    for index, texts in enumerate(found):
+        scene = test.source[index]
+        for kind, text in zip(KINDS, texts, strict=True):
+            ids = [IMAGE] * 2 + encode(question(kind, scene)[0])
+            row, images = np.zeros((1, 20), np.int32), jnp.asarray(scene["image"])[None, None]
+            made = []
+            for _ in range(5):
+                row[0, : len(ids) + len(made)] = ids + made
+                logits = apply({"params": trained.params}, jnp.asarray(row), images)
+                made.append(int(logits[0, len(ids) + len(made) - 1].argmax()))
+                if made[-1] == END:
+                    break
+            assert text == decode(made)
+    path = picture(test, range(3), found, tmp_path / "scenes")
+    assert path.suffix == ".png" and path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_prompt_with_an_image_is_never_cut(trained):
+    beside = [{"images": np.zeros((1, 16, 32, 1), np.float32)}]
+    with pytest.raises(InputError, match="prompt 0 has 9 tokens, and length=10 leaves 6"):
+        generate(trained, [[IMAGE] * 9], length=10, steps=4, beside=beside)
+
+
+def test_a_pipeline_that_does_not_ask_is_refused(trained):
+    with pytest.raises(InputError, match="end in Normalize; they must end in Ask"):
+        answered(trained, Pipeline(Scenes("test", 5), (Normalize(),)), range(2))
+
+
+@pytest.mark.slow  # Compiles a program or two.
+def test_an_answer_comes_word_by_word(trained):
+    test = Pipeline(Scenes("test", 5), (Normalize(), Ask(2, 40, KINDS)))
+    found = answered(trained, test, [2])[0]
+    for kind, text in zip(KINDS, found, strict=True):
+        asked = question(kind, test.source[2])[0]
+        made = list(ask.words(trained, test, test.source[2]["image"], asked))
+        assert made[:5] == text.split()[:5] and len(made) <= ask.STEPS
+
+
+def test_a_picture_is_read_in_grey_and_in_size(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)).save(path)
+    image = ask.read(str(path), (16, 32))
+    assert image.shape == (16, 32, 1) and image.dtype == np.uint8
+    assert ask.read(str(path), (32, 32)).shape == (32, 32, 1)
+    with pytest.raises(InputError, match="cannot be read"):
+        ask.read(str(tmp_path / "none.png"), (16, 32))
+
+
+def test_a_question_in_other_words_is_told_before_anything_is_read(tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((16, 32), np.uint8)).save(path)
+    argv = ["configs/vlm_digits.py", str(path), "what is love ?", "--checkpoint", "nowhere"]
+    assert ask.main(argv) == 2
+    assert "'love' is no word of the scenes" in capsys.readouterr().err

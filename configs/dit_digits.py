@@ -3,7 +3,7 @@
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
 Model: a diffusion transformer (arXiv 2212.09748) on pixels, learned by flow matching
 (2209.03003) with times of a logit-normal law (2403.03206) and Muon.
-Expected: see "Measured" in the README. The judge is the classifier of vit_digits.py, which is
+Expected: see docs/dit.md. The judge is the classifier of vit_digits.py, which is
 trained first; tasks={} does without. Commands:
     python -m train configs/vit_digits.py
     python -m train configs/dit_digits.py

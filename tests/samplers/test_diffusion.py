@@ -49,15 +49,23 @@ def drawn(sampler, objective):
 
 CASES = [
     (Ode(60), LINEAR),
-    (Ode(300, "euler"), LINEAR),
-    (Ode(60, end=1e-3), Flow(reading=Reading("data", VP()))),
-    (Ode(60, shift=2.0), Flow(reading=Reading("data", Cosine()))),
+    pytest.param(Ode(300, "euler"), LINEAR, marks=pytest.mark.slow),
+    pytest.param(
+        Ode(60, end=1e-3), Flow(reading=Reading("data", VP())), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        Ode(60, shift=2.0), Flow(reading=Reading("data", Cosine())), marks=pytest.mark.slow
+    ),
     (DpmSolver(60), LINEAR),
     (Sde(300, last=0.01), LINEAR),
-    (Sde(300, scale=2.0, last=0.01), Flow(reading=Reading("data", Cosine()))),
+    pytest.param(
+        Sde(300, scale=2.0, last=0.01),
+        Flow(reading=Reading("data", Cosine())),
+        marks=pytest.mark.slow,
+    ),
     (Ddpm(250), CHAIN),
-    (Ddpm(125, eta=0.0), CHAIN),
-    (Ddpm(250, eta=0.7, spacing="stride"), CHAIN),
+    pytest.param(Ddpm(125, eta=0.0), CHAIN, marks=pytest.mark.slow),
+    pytest.param(Ddpm(250, eta=0.7, spacing="stride"), CHAIN, marks=pytest.mark.slow),
 ]
 
 

@@ -244,6 +244,8 @@ def check(experiment: Experiment) -> None:
     check(experiment.model, experiment.data)
     for pipeline in experiment.evals.values():
         check(experiment.model, pipeline)
+    for pipeline in (experiment.data, *_pipelines(experiment)):
+        getattr(pipeline.source, "check", lambda: None)()
     for task in experiment.tasks.values():
         getattr(task, "check", lambda: None)()
     for pipeline in _pipelines(experiment):

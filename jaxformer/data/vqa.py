@@ -118,8 +118,11 @@ class Dialogues(Reopened):
             for what in self._faults(record, pixels):
                 yield _fault(record, what)
 
-    def check(self, pixels: bool = True) -> None:
-        """Raises InputError that names every fault, by file, line and sample."""
+    def check(self, pixels: bool = False) -> None:
+        """Raises InputError that names every fault, by file, line and sample.
+
+        A run calls it before its first step; `check(pixels=True)` once decodes all images.
+        """
         found = list(self.faults(pixels))
         if found:
             raise InputError(

@@ -126,7 +126,7 @@ def test_every_planted_fault_is_named_by_file_line_and_sample(make):
         assert by_line[2 * i + 2][0].where.endswith(f"talk.jsonl:{2 * i + 2}")
     assert by_line[6][0].sample == "c" and "(sample c)" in str(by_line[6][0])
     with pytest.raises(InputError, match=f"{len(found)} faults in {len(lines)} lines"):
-        source.check()
+        source.check(pixels=True)
 
 
 def test_headers_alone_tell_all_but_what_is_cut_off(make):

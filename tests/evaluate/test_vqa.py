@@ -1,14 +1,21 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from evaluate import ruled
-from evaluate.run import Trained
+from evaluate.run import Trained, check
 from evaluate.vqa import VQA
 from jaxformer import sharding
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.scenes import KINDS, VOCAB, Ask, Scenes
+from jaxformer.data.tokenizer import Bytes
+from jaxformer.data.vqa import Dialogues
+from jaxformer.errors import InputError
+from jaxformer.experiment import load, override
 
 
 def test_an_answer_counts_where_all_of_it_is_right():
@@ -52,6 +59,19 @@ def test_an_answer_counts_where_all_of_it_is_right():
         "reading": (16, 18),
         "all": (34, 36),
     }
+
+
+def test_faults_of_a_dataset_are_told_before_any_step(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text('{"id": 3, "image": "none.png", "conversations": []}\n')
+    talk = Dialogues(str(path), str(tmp_path), Bytes(), 40, 258, 4, (8, 8, 3))
+    experiment = load("configs/vlm_digits.py")
+    experiment = dataclasses.replace(experiment, data=Pipeline(talk))
+    experiment = override(experiment, "model.language.vocab=259")
+    with pytest.raises(
+        InputError, match=r"2 faults in 1 lines(.|\n)*talk.jsonl:1 \(sample 3\)"
+    ):
+        check(experiment)
 
 
 def test_rules_lie_above_words():

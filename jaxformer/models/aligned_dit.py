@@ -70,7 +70,7 @@ class AlignedDiT(DiT):
         made, early = self.denoiser.with_early(x, t, label, train=train)
         return made, self.project(early)
 
-    def _depths(self) -> list[tuple[int, tuple[float, ...]]]:
+    def _depths(self) -> list[tuple[int, float | tuple[float, ...]]]:
         """Layers before and after the projector, and the rate at which each is left out."""
         if self.context_from or not 0 < self.align_at < self.depth:
             raise ValueError(

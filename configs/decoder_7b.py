@@ -27,7 +27,7 @@ LENGTH = 4096
 def experiment() -> Experiment:
     """For a pod; the mesh is given with the command."""
     train, test = (Shards((f"data/{split}/*.npy",), vocab=32000) for split in ("train", "test"))
-    objective = NextToken(z_loss=1e-4, chunk=2048)
+    objective = NextToken(z_loss=1e-4, chunk=None)
     return Experiment(
         model=named("llama2-7b", dtype="bfloat16", remat="dots"),
         objective=objective,

@@ -65,7 +65,8 @@ def _several() -> bool:
     counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(os.environ.get(name, "1")) > 1 for name in counts):
         return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in names and " " not in names  # Without a TPU, libtpu may put a sentence there.
 
 
 def agree(**facts: str) -> None:

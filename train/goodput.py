@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -49,8 +50,8 @@ def total(path: pathlib.Path) -> dict[str, float]:
     if not path.is_file():
         raise InputError(f"{path.parent}: holds no metrics.jsonl; name a run's directory")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {kind: sum(r.get(f"seconds/{kind}", 0.0) for r in rows) for kind in KINDS}
-    whole = sum(r.get("seconds/all", 0.0) for r in rows)
+    found = {kind: math.fsum(r.get(f"seconds/{kind}", 0.0) for r in rows) for kind in KINDS}
+    whole = math.fsum(r.get("seconds/all", 0.0) for r in rows)
     if not whole:
         raise InputError(f"{path}: tells no times; it is of an older run")
     return {"steps": whole - sum(found.values())} | found

@@ -146,7 +146,7 @@ def test_a_part_gives_what_the_whole_gives_where_nothing_changed(shift):
         (refreshed, {"refresh": 2}),
         pytest.param(refreshed, {"keep": "before"}, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["growing", "refreshed", "refreshed_before"],
 )
 def test_a_batch_is_drawn_as_its_rows_alone(how, options):
     run, tokens = made(how, **HOW, **options), canvases()

@@ -99,9 +99,11 @@ def test_packed_is_padded():
     packed = row(some, 20, 3)
     padded = [jnp.concatenate(x) for x in zip(*(row([s], 9, 2) for s in some), strict=True)]
 
+    variables = {"params": params()}
+
     @jax.jit
     def run(tokens, segments, images):
-        return MODEL.apply({"params": params()}, tokens, images, segments=segments)
+        return MODEL.apply(variables, tokens, images, segments=segments)
 
     packed, padded = run(*packed), run(*padded)
     first = 0

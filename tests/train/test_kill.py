@@ -28,6 +28,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "train", *RUN, "--workdir", str(workdir)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # It computes more than it compiles: with the optimizer.
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -3,14 +3,19 @@
 Both do the same work. A training step is forward, loss, backward and an AdamW update;
 torch's model is its own modules with `scaled_dot_product_attention`. Without torch, ours is
 timed alone. A multiply-add is two operations, products of matrices alone are counted
-(`models.vit.flops`), and a training step is three forward passes; MFU is that rate by what
-the device can do (`--peak`, known for some), and is left out where nobody says that. Memory
-is that of a process of its own, by its high-water mark, on a CPU; and what the compiler
-asks for, anywhere.
+(`models.vit.flops`), and a training step is three forward passes, whatever is made anew in
+its backward pass; MFU is that rate by what the device can do: `--peak`, or known for some.
+For a CPU it is the fastest of a few products of two large matrices, by XLA or torch, in the
+same dtype and by the same clock. Memory is that of a process of its own, by its high-water
+mark, on a CPU; and what the compiler asks for, anywhere.
+
+`--clock cpu` counts the CPU seconds of the process, divided by its cores, and not those of
+the wall: for a CPU that others use too.
 """
 
 import argparse
 import functools
+import importlib.util
 import os
 import pathlib
 import statistics
@@ -30,8 +35,13 @@ from jaxformer.objectives.classify import Classify
 from jaxformer.optim import AdamW, Constant
 
 PIXELS, CLASSES = 224, 1000
+PRODUCT = 1536  # Rows and columns of the matrices that tell a CPU's peak.
 MODES = ("train", "infer")
 BATCH = {"Ti/16": 8, "S/16": 4, "B/16": 2, "L/16": 1}  # on a CPU.
+CLOCKS = {
+    "wall": time.perf_counter,
+    "cpu": lambda: time.process_time() / len(os.sched_getaffinity(0)),
+}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12, "v6e": 918e12}
 
 
@@ -43,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
     parser.add_argument("--remats", nargs="+", help="default: none dots")
+    parser.add_argument("--clock", choices=CLOCKS, help="default: wall")
 
 
 def run(
@@ -53,6 +64,7 @@ def run(
     dtype: str | None = None,
     peak: float | None = None,
     remats: tuple[str, ...] = ("none", "dots"),
+    clock: str = "wall",
 ) -> dict:
     """Times every size in every mode; prints and returns a row a side."""
     device = jax.devices()[0]
@@ -61,36 +73,39 @@ def run(
     known = (
         [v for k, v in PEAKS.items() if k in device.device_kind] if dtype != "float32" else []
     )
-    top = peak * 1e12 if peak else (known or [None])[0]
+    top, source = (peak * 1e12, "told") if peak else ((known or [None])[0], "known")
+    if top is None and on_cpu:
+        top, source = fastest_product(dtype, CLOCKS[clock])
     rows = []
     for size in sizes:
         for mode in modes:
             count = batch or (BATCH[size] if on_cpu else 256)
-            rows += measure(size, mode, count, dtype, rounds, top, remats)
-    return {"rounds": rounds, "pixels": PIXELS, "dtype": dtype, "rows": rows}
+            rows += measure(size, mode, count, dtype, rounds, top, remats, CLOCKS[clock])
+    found = {"rounds": rounds, "pixels": PIXELS, "dtype": dtype, "clock": clock}
+    if top is not None:
+        found |= {"peak_tflops": top / 1e12, "peak_source": source}
+    return found | {"rows": rows}
 
 
-def measure(size, mode, batch, dtype, rounds, peak, remats) -> list[dict]:
+def measure(size, mode, batch, dtype, rounds, peak, remats, clock) -> list[dict]:
     """One size in one mode: rows of ours and torch's."""
-    sides = {}
-    for remat in remats if mode == "train" else ("none",):
-        name = f"ours, remat={remat}" if mode == "train" else "ours"
-        sides[name] = ours(size, mode, batch, dtype, remat)
-    theirs = torchs(size, mode, batch) if dtype == "float32" else None
-    if theirs is not None:
-        sides["torch"] = theirs, None
-    work = (
-        vit.flops(vit.named(size, num_classes=CLASSES)) * batch * (3 if mode == "train" else 1)
-    )
+    wanted = ["ours"] if mode == "infer" else [f"ours, remat={remat}" for remat in remats]
+    if dtype == "float32" and has_torch():
+        wanted.append("torch")
+    # Before anything of this process's own is held: they would stand side by side.
+    bytes_alone = {name: process_bytes(size, mode, batch, dtype, name) for name in wanted}
+    sides = {name: made(size, mode, batch, dtype, name) for name in wanted}
+    image = vit.flops(vit.named(size, num_classes=CLASSES), (PIXELS, PIXELS, 3))
+    work = image * batch * (3 if mode == "train" else 1)
     for step, _ in sides.values():
         step()
         step()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (step, _) in sides.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -105,7 +120,7 @@ def measure(size, mode, batch, dtype, rounds, peak, remats) -> list[dict]:
             "gflops": work / median / 1e9,
             "mfu": None if peak is None else work / median / peak,
             "compiled_bytes": sides[name][1],
-            "process_bytes": process_bytes(size, mode, batch, dtype, name),
+            "process_bytes": bytes_alone[name],
         }
         if "torch" in times:
             pairs = [a / b for a, b in zip(seconds, times["torch"], strict=True)]
@@ -116,6 +131,39 @@ def measure(size, mode, batch, dtype, rounds, peak, remats) -> list[dict]:
         print("  ".join(f"{k} {v:.4g}" for k, v in shown.items()), end="")
         print(f"  process {(row['process_bytes'] or 0) / 1e6:.0f} MB")
     return rows
+
+
+def made(size: str, mode: str, batch: int, dtype: str, side: str):
+    """A side's step, and the bytes that its program holds, if anyone knows."""
+    if side == "torch":
+        return torchs(size, mode, batch), None
+    return ours(size, mode, batch, dtype, side.partition("remat=")[2] or "none")
+
+
+def fastest_product(dtype: str, clock: Callable[[], float]) -> tuple[float, str]:
+    """FLOP/s of the fastest of some products of two large matrices, and what it was."""
+    n, tries = PRODUCT, 8
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
+    multiply = jax.jit(jnp.matmul)
+    sides = {"XLA": lambda: jax.block_until_ready(multiply(x, x))}
+    if dtype == "float32" and has_torch():
+        import torch  # pyright: ignore[reportMissingImports]
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        y = torch.from_numpy(np.array(x))
+        sides["torch"] = lambda: torch.matmul(y, y)
+    best = {}
+    for name, once in sides.items():
+        once()
+        for _ in range(tries):
+            start = clock()
+            once()
+            seconds = clock() - start
+            best[name] = min(best.get(name, seconds), seconds)
+    side = min(best, key=lambda name: best[name])
+    source = f"the fastest of {tries} products of {n} x {n} by each side, {side}'s"
+    print(f"peak {2 * n**3 / best[side] / 1e9:.4g} GFLOP/s: {source}")
+    return 2 * n**3 / best[side], source
 
 
 def ours(size: str, mode: str, batch: int, dtype: str, remat: str) -> tuple[Callable, int]:
@@ -168,11 +216,7 @@ def alone(size: str, mode: str, batch: int, dtype: str, side: str) -> None:
     else:
         jax.block_until_ready(jnp.ones(1))
     before = high_water()
-    if side == "torch":
-        step = torchs(size, mode, batch)
-        assert step is not None
-    else:
-        step, _ = ours(size, mode, batch, dtype, side.partition("remat=")[2] or "none")
+    step, _ = made(size, mode, batch, dtype, side)
     step()
     step()
     print(high_water() - before)
@@ -184,12 +228,15 @@ def high_water() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def torchs(kind: str, mode: str, batch: int) -> Callable[[], None] | None:
-    """The same in torch's own modules, or None where torch is not installed."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
+def has_torch() -> bool:
+    """Whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def torchs(kind: str, mode: str, batch: int) -> Callable[[], None]:
+    """The same in torch's own modules."""
+    import torch  # pyright: ignore[reportMissingImports]
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     F, size = torch.nn.functional, vit.SIZES[kind.split("/")[0]]
     D, N = size.width, size.num_heads

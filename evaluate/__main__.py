@@ -1,7 +1,6 @@
 """`python -m evaluate CONFIG.py --checkpoint DIR [--json FILE] [a.b=c ...]`."""
 
 import argparse
-import json
 import logging
 import math
 import pathlib
@@ -14,8 +13,10 @@ from jaxformer import checkpoint, hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.metrics import Confusion
+from jaxformer.program import entry, write_json, writing
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -33,41 +34,33 @@ def main(argv: list[str] | None = None) -> int:
     hosts.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
-    try:
-        mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
-        experiment = load(args.config, [*args.overrides, *mesh])
-        hosts.join_by(args)
-        from evaluate.report import confusion_picture, table
-        from evaluate.run import evaluate_checkpoint, restored
+    mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
+    experiment = load(args.config, [*args.overrides, *mesh])
+    hosts.join_by(args)
+    from evaluate.report import confusion_picture, table
+    from evaluate.run import evaluate_checkpoint, restored
 
-        if args.export:
-            save = saver()
-            _, _, params = restored(experiment, args.checkpoint, args.step)
+    if args.export:
+        save = saver()
+        _, _, params = restored(experiment, args.checkpoint, args.step)
+        with writing():
             save(args.export, experiment.model, params)
-            print(f"{args.export}: written")
-            return 0
-        step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
-        if jax.process_index():  # All know it; one tells.
-            return 0
-        print(table(step, found))
-        if args.json:
-            text = json.dumps({"step": step, "evals": as_json(found)}, indent=2)
-            path = pathlib.Path(args.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
-        beside = checkpoint.find(args.checkpoint).parent / "evaluation"
-        pictures = pathlib.Path(args.pictures or beside)
+        print(f"{args.export}: written")
+        return 0
+    step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
+    if jax.process_index():  # All know it; one tells.
+        return 0
+    print(table(step, found))
+    if args.json:
+        write_json(args.json, {"step": step, "evals": as_json(found)})
+    beside = checkpoint.find(args.checkpoint).parent / "evaluation"
+    pictures = pathlib.Path(args.pictures or beside)
+    with writing():
         for name, metrics in found.items():
             confusion = metrics.get("confusion")
             if isinstance(confusion, Confusion):
                 path = confusion_picture(confusion, pictures / f"{name}_confusion")
                 print(f"confusion: {path}")
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return hosts.leave(2)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return hosts.leave(2)
     return 0
 
 

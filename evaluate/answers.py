@@ -23,6 +23,7 @@ from jaxformer.data.scenes import END, IMAGE, Ask, decode, encode, question
 from jaxformer.data.sources import Record
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.program import entry, writing
 from jaxformer.samplers.logits import GREEDY
 
 STEPS = 5  # tokens of the longest answer, its end, and one more.
@@ -81,6 +82,7 @@ def picture(
     return path
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Prints and draws answers; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -92,29 +94,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=6, help="how many, from the first")
     parser.add_argument("--out", default="answers.png", help="the picture")
     args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        task: Any = experiment.tasks.get("vqa")
-        if task is None:
-            raise InputError(f"{args.config}: has no task vqa; name a config that asks")
-        _, made, params = restored(experiment, args.checkpoint)
-        indices = range(min(args.scenes, len(task.test.source)))
-        found = answered(trained(experiment, made, params), task.test, indices)
-        right = total = 0
-        for index, said in zip(indices, found, strict=True):
-            scene = task.test.source[index]
-            for kind, answer in zip(task.kinds, said, strict=True):
-                asked, truth = question(kind, scene)
-                right, total = right + (answer == truth), total + 1
-                print(f"scene {index}: {asked} {answer}")
+    experiment = load(args.config, args.overrides)
+    task: Any = experiment.tasks.get("vqa")
+    if task is None:
+        raise InputError(f"{args.config}: has no task vqa; name a config that asks")
+    _, made, params = restored(experiment, args.checkpoint)
+    indices = range(min(args.scenes, len(task.test.source)))
+    found = answered(trained(experiment, made, params), task.test, indices)
+    right = total = 0
+    for index, said in zip(indices, found, strict=True):
+        scene = task.test.source[index]
+        for kind, answer in zip(task.kinds, said, strict=True):
+            asked, truth = question(kind, scene)
+            right, total = right + (answer == truth), total + 1
+            print(f"scene {index}: {asked} {answer}")
+    with writing():
         path = picture(task.test, indices, found, pathlib.Path(args.out))
-        print(f"{right} of {total} are right: {path}")
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(f"{right} of {total} are right: {path}")
     return 0
 
 

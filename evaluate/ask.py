@@ -17,6 +17,7 @@ from jaxformer.data.scenes import END, IMAGE, WORDS, Ask, encode
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.layers.cache import Stepper, empty
+from jaxformer.program import entry
 
 STEPS = 8  # words of the longest answer.
 
@@ -69,6 +70,7 @@ def read(path: str, size: tuple[int, int]) -> np.ndarray:
     return image if image.shape[:2] == size else resized(image, size, "bilinear")
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Prints an answer; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -80,20 +82,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the run's, such as model.image=1")
     parser.add_argument("--checkpoint", required=True, help="a run's directory")
     args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        task: Any = experiment.tasks.get("vqa")
-        if task is None:
-            raise InputError(f"{args.config}: has no task vqa; name a config that asks")
-        image = read(args.image, task.test.source.size)
-        encode(args.question)  # Before the checkpoint is read.
-        _, made, params = restored(experiment, args.checkpoint)
-        for word in words(trained(experiment, made, params), task.test, image, args.question):
-            print(word, end=" ", flush=True)
-        print()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    experiment = load(args.config, args.overrides)
+    task: Any = experiment.tasks.get("vqa")
+    if task is None:
+        raise InputError(f"{args.config}: has no task vqa; name a config that asks")
+    image = read(args.image, task.test.source.size)
+    encode(args.question)  # Before the checkpoint is read.
+    _, made, params = restored(experiment, args.checkpoint)
+    for word in words(trained(experiment, made, params), task.test, image, args.question):
+        print(word, end=" ", flush=True)
+    print()
     return 0
 
 

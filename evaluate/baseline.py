@@ -6,8 +6,6 @@ trains and tests on, without augmentation: what a model has to beat. For text (`
 """
 
 import argparse
-import json
-import pathlib
 import platform
 import sys
 import time
@@ -24,7 +22,7 @@ from jaxformer.data.glyphs import FAMILIES, Glyphs
 from jaxformer.data.images import Normalize
 from jaxformer.data.scenes import Scenes
 from jaxformer.data.sources import Digits
-from jaxformer.errors import InputError
+from jaxformer.program import entry, write_json
 
 
 def sources(name: str, held: str = "STIX") -> tuple[Digits | Glyphs, Digits | Glyphs]:
@@ -116,6 +114,7 @@ def rows(name: str, held: str) -> Iterator[dict]:
         yield row
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Prints a line a baseline; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -126,21 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held", choices=tuple(FAMILIES), default="STIX", help="of glyphs")
     parser.add_argument("--json", help="a file for the same numbers")
     args = parser.parse_args(argv)
-    try:
-        made = list(rows(args.data, args.held))
-        if args.json:
-            held = args.held if args.data == "glyphs" else None
-            found = {"data": args.data, "held": held}
-            found |= {"machine": platform.machine(), "baselines": made}
-            path = pathlib.Path(args.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=2) + "\n")
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = list(rows(args.data, args.held))
+    if args.json:
+        held = args.held if args.data == "glyphs" else None
+        found = {"data": args.data, "held": held}
+        found |= {"machine": platform.machine(), "baselines": made}
+        write_json(args.json, found)
     return 0
 
 

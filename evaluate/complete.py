@@ -11,8 +11,10 @@ from evaluate.completions import Completions, parses
 from evaluate.run import restored, trained
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.program import entry
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Prints completions; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m evaluate.complete")
@@ -22,20 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="default: the last")
     parser.add_argument("--count", type=int, default=4, help="how many to print")
     args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        tasks = [t for t in experiment.tasks.values() if isinstance(t, Completions)]
-        if not tasks:
-            raise InputError(f"{args.config}: has no task that is Completions; add one")
-        task = dataclasses.replace(tasks[0], files=args.count)
-        _, made, params = restored(experiment, args.checkpoint, args.step)
-        for prompt, text, _ in task.complete(trained(experiment, made, params)):
-            told = "parses" if parses(text) else "does not parse"
-            rest = text.removeprefix(prompt.start)
-            print(f"--- {prompt.source}: {told}\n{prompt.start}>>>\n{rest}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    experiment = load(args.config, args.overrides)
+    tasks = [t for t in experiment.tasks.values() if isinstance(t, Completions)]
+    if not tasks:
+        raise InputError(f"{args.config}: has no task that is Completions; add one")
+    task = dataclasses.replace(tasks[0], files=args.count)
+    _, made, params = restored(experiment, args.checkpoint, args.step)
+    for prompt, text, _ in task.complete(trained(experiment, made, params)):
+        told = "parses" if parses(text) else "does not parse"
+        rest = text.removeprefix(prompt.start)
+        print(f"--- {prompt.source}: {told}\n{prompt.start}>>>\n{rest}")
     return 0
 
 

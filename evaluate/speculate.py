@@ -8,8 +8,6 @@ say the same but for rounding.
 
 import argparse
 import functools
-import json
-import pathlib
 import statistics
 import sys
 import time
@@ -25,6 +23,7 @@ from evaluate.run import restored
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.layers.cache import Stepper, empty, slots
+from jaxformer.program import entry, write_json
 from jaxformer.samplers import autoregressive, draft, speculative
 from jaxformer.samplers.logits import GREEDY
 
@@ -118,6 +117,7 @@ def measure(
     ]
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m evaluate.speculate")
@@ -131,40 +131,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--json", help="a file for the numbers")
     args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        task: Any = next(
-            (t for t in experiment.tasks.values() if isinstance(t, Completions)), None
+    experiment = load(args.config, args.overrides)
+    task: Any = next((t for t in experiment.tasks.values() if isinstance(t, Completions)), None)
+    if task is None:
+        raise InputError(f"{args.config}: has no task that is Completions; add one")
+    _, _, params = restored(experiment, args.checkpoint, None)
+    small = None
+    if args.draft:
+        tiny = load(args.config, args.small)
+        small = Says(tiny.model, restored(tiny, args.draft, None)[2])
+    openings = task.openings()[: args.prompts]
+    ids = task.tokenizer.encode([o.before + o.start for o in openings])
+    begin = [] if task.tokenizer.begin is None else [task.tokenizer.begin]
+    prompts = [np.concatenate([begin, i]).astype(np.int32) for i in ids]
+    found = programs(Says(experiment.model, params), small, task.length, args.steps, args.ahead)
+    rows = measure(found, prompts, args.steps, task.length - args.steps)
+    for row in rows:
+        print(
+            f"{row['draft']:<12} {row['tokens_a_look']:.2f} tokens a look  "
+            f"{row['tokens_per_second']:.0f} tokens/s (median)  "
+            f"{row['tokens_per_cpu_second']:.0f} tokens/CPU s  "
+            f"{row['same_text']} of {row['prompts']} texts as without"
         )
-        if task is None:
-            raise InputError(f"{args.config}: has no task that is Completions; add one")
-        _, _, params = restored(experiment, args.checkpoint, None)
-        small = None
-        if args.draft:
-            tiny = load(args.config, args.small)
-            small = Says(tiny.model, restored(tiny, args.draft, None)[2])
-        openings = task.openings()[: args.prompts]
-        ids = task.tokenizer.encode([o.before + o.start for o in openings])
-        begin = [] if task.tokenizer.begin is None else [task.tokenizer.begin]
-        prompts = [np.concatenate([begin, i]).astype(np.int32) for i in ids]
-        found = programs(
-            Says(experiment.model, params), small, task.length, args.steps, args.ahead
-        )
-        rows = measure(found, prompts, args.steps, task.length - args.steps)
-        for row in rows:
-            print(
-                f"{row['draft']:<12} {row['tokens_a_look']:.2f} tokens a look  "
-                f"{row['tokens_per_second']:.0f} tokens/s (median)  "
-                f"{row['tokens_per_cpu_second']:.0f} tokens/CPU s  "
-                f"{row['same_text']} of {row['prompts']} texts as without"
-            )
-        if args.json:
-            path = pathlib.Path(args.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"ahead": args.ahead, "rows": rows}, indent=1) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        write_json(args.json, {"ahead": args.ahead, "rows": rows}, indent=1)
     return 0
 
 

@@ -25,6 +25,7 @@ from evaluate.run import restored, trained
 from jaxformer import checkpoint
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.program import entry, writing
 
 WIDTH = 100  # letters a line.
 DPI, PIXELS = 144, 10  # of a letter: all stand where they should if that is a whole number.
@@ -144,6 +145,7 @@ def animation(found: Sequence[Piece], path: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Draws; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m evaluate.unmasking")
@@ -154,29 +156,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=4, help="how many to draw")
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
     args = parser.parse_intermixed_args(argv)
-    try:
-        experiment = load(args.config, args.overrides)
-        tasks = [t for t in experiment.tasks.values() if isinstance(t, Infill)]
-        tasks = [t for t in tasks if t.mask_id is not None]
-        if not tasks:
-            raise InputError(
-                f"{args.config}: has no task that is Infill with a mask_id; add one"
-            )
-        task = dataclasses.replace(tasks[0], count=args.count)
-        _, made, params = restored(experiment, args.checkpoint, args.step)
-        filled = task.unmask(trained(experiment, made, params), task.holes())
-        beside = checkpoint.find(args.checkpoint).parent / "evaluation"
-        folder = pathlib.Path(args.pictures or beside)
-        for number, (ids, shown) in enumerate(zip(*filled, strict=True)):
-            found = pieces(ids, shown, task.tokenizer)
-            for draw in (picture, animation):
+    experiment = load(args.config, args.overrides)
+    tasks = [t for t in experiment.tasks.values() if isinstance(t, Infill)]
+    tasks = [t for t in tasks if t.mask_id is not None]
+    if not tasks:
+        raise InputError(f"{args.config}: has no task that is Infill with a mask_id; add one")
+    task = dataclasses.replace(tasks[0], count=args.count)
+    _, made, params = restored(experiment, args.checkpoint, args.step)
+    filled = task.unmask(trained(experiment, made, params), task.holes())
+    beside = checkpoint.find(args.checkpoint).parent / "evaluation"
+    folder = pathlib.Path(args.pictures or beside)
+    for number, (ids, shown) in enumerate(zip(*filled, strict=True)):
+        found = pieces(ids, shown, task.tokenizer)
+        for draw in (picture, animation):
+            with writing():
                 print(draw(found, folder / f"unmasking_{number}"))
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -10,8 +10,10 @@ import jax
 from jaxformer import hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import fields, load
+from jaxformer.program import entry
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status: 0 done or asked to end, 2 bad input, 1 diverged or
     left by another process, 3 stuck.
@@ -33,41 +35,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", help="FIRST:LAST, steps that a trace is written of")
     argv = sys.argv[1:] if argv is None else argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step it takes.
-    try:
-        if {"-h", "--help"} & set(argv):
-            parser.print_help()
-            _print_fields([a for a in argv if a not in ("-h", "--help")])
-            return 0
-        args = parser.parse_intermixed_args(argv)
-        mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
-        experiment = load(args.config, [*args.overrides, *mesh])
-        workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
-        profile = _span(args.profile)
-        hosts.join_by(args)
-        from train.run import PATIENCE, Diverged, prepare, train  # Not before bad input.
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        _print_fields([a for a in argv if a not in ("-h", "--help")])
+        return 0
+    args = parser.parse_intermixed_args(argv)
+    mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
+    experiment = load(args.config, [*args.overrides, *mesh])
+    workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
+    profile = _span(args.profile)
+    hosts.join_by(args)
+    from train.run import PATIENCE, Diverged, prepare, train  # Not before bad input.
 
-        if args.explain:
-            print(prepare(experiment).explanation)
-            return 0
-        try:
-            patience = PATIENCE if args.patience is None else args.patience
-            train(experiment, workdir, profile=profile, patience=patience)
-        except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return hosts.leave(1)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            print(
-                f"error: process {jax.process_index()} lost another one "
-                f"({str(error).splitlines()[0][:200]}); start all of them again: they go on "
-                "from the last checkpoint",
-                file=sys.stderr,
-            )
-            return hosts.leave(1)
-    except InputError as error:
+    if args.explain:
+        print(prepare(experiment).explanation)
+        return 0
+    try:
+        patience = PATIENCE if args.patience is None else args.patience
+        train(experiment, workdir, profile=profile, patience=patience)
+    except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        return hosts.leave(2)
+        return hosts.leave(1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} lost another one "
+            f"({str(error).splitlines()[0][:200]}); start all of them again: they go on "
+            "from the last checkpoint",
+            file=sys.stderr,
+        )
+        return hosts.leave(1)
     return 0
 
 

@@ -6,9 +6,7 @@ Compiles the training step for TPUs on a machine without one, and prints what it
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
-import pathlib
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # What is planned for is not here.
@@ -16,10 +14,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # What is planned for is not here
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, load
 from jaxformer.plan import Plan, advice, plan, search
+from jaxformer.program import entry, write_json
 
 _GB = 1e9
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Plans; returns the exit status: 0 it fits, 1 it does not, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -40,31 +40,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--most", type=int, default=8, help="programs that a search compiles")
     args = parser.parse_intermixed_args(argv)
-    try:
-        mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
-        experiment = load(args.config, [*args.overrides, *mesh])
-        if args.search:
-            found = []
-            for candidate in search.candidates(experiment, args.topology, args.most):
-                made = plan(candidate, args.topology)
-                found.append(made)
-                print(line(made), flush=True)
-            found.sort(key=search.rank)
-            print("\nbest first:\n" + "\n".join(map(line, found)))
-            fits, data = found[0].fits, [p.as_json() for p in found]
-        else:
-            made = plan(experiment, args.topology, args.program)
-            print(page(made, args.config, experiment, args.price, args.parameters))
-            fits, data = made.fits, made.as_json()
-        if args.json:
-            path = pathlib.Path(args.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            about = {"command": command(argv), "versions": versions()}
-            data = about | (data if isinstance(data, dict) else {"plans": data})
-            path.write_text(json.dumps(data, indent=1) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
+    experiment = load(args.config, [*args.overrides, *mesh])
+    if args.search:
+        found = []
+        for candidate in search.candidates(experiment, args.topology, args.most):
+            made = plan(candidate, args.topology)
+            found.append(made)
+            print(line(made), flush=True)
+        found.sort(key=search.rank)
+        print("\nbest first:\n" + "\n".join(map(line, found)))
+        fits, data = found[0].fits, [p.as_json() for p in found]
+    else:
+        made = plan(experiment, args.topology, args.program)
+        print(page(made, args.config, experiment, args.price, args.parameters))
+        fits, data = made.fits, made.as_json()
+    if args.json:
+        about = {"command": command(argv), "versions": versions()}
+        data = about | (data if isinstance(data, dict) else {"plans": data})
+        write_json(args.json, data, indent=1)
     return 0 if fits else 1
 
 

@@ -4,10 +4,11 @@ import argparse
 import pathlib
 import sys
 
-from jaxformer.errors import InputError
+from jaxformer.program import entry
 from train.goodput import total
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Prints a table; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -15,11 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("directory", help="a run's, such as runs/vit_digits")
     args = parser.parse_args(argv)
-    try:
-        found = total(pathlib.Path(args.directory) / "metrics.jsonl")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = total(pathlib.Path(args.directory) / "metrics.jsonl")
     whole = sum(found.values())
     for kind, seconds in found.items():
         print(f"{kind:12} {seconds:12,.1f} s {seconds / whole:7.1%}")

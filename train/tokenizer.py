@@ -15,7 +15,7 @@ from jaxformer.data.corpus import JsonLines, Stdlib, TextFiles
 from jaxformer.data.shards import ParquetText
 from jaxformer.data.tokenizer import BEGIN, END, Bytes, TokenizerFile, learn
 from jaxformer.data.tokens import Shards, write_shard
-from jaxformer.errors import InputError
+from jaxformer.program import entry, writing
 
 
 def corpus(name: str, field: str = "text") -> Stdlib | JsonLines | ParquetText | TextFiles:
@@ -28,6 +28,7 @@ def corpus(name: str, field: str = "text") -> Stdlib | JsonLines | ParquetText |
     return ParquetText(name, field) if suffix == ".parquet" else TextFiles(name)
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -43,25 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--begin", help=f"its token before a text, such as {BEGIN}")
     parser.add_argument("--end", default=END, help="its token after a text")
     args = parser.parse_args(argv)
-    try:
-        texts = corpus(args.corpus, args.field)
+    texts = corpus(args.corpus, args.field)
+    with writing():
         pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        if args.action == "learn":
-            learn(texts, args.vocab).save(args.out)
-            print(f"{args.out}: {args.vocab} ids from {len(texts)} documents")
-            return 0
-        tokenizer = Bytes()
-        if args.tokenizer is not None:
-            tokenizer = TokenizerFile(args.tokenizer, args.begin, args.end)
+    if args.action == "learn":
+        learned = learn(texts, args.vocab)
+        with writing():
+            learned.save(args.out)
+        print(f"{args.out}: {args.vocab} ids from {len(texts)} documents")
+        return 0
+    tokenizer = Bytes()
+    if args.tokenizer is not None:
+        tokenizer = TokenizerFile(args.tokenizer, args.begin, args.end)
+    with writing():
         count = write_shard(args.out, texts, tokenizer)
-        part = Shards(args.out, tokenizer.vocab).parts[0]
-        print(f"{args.out}: {count:,} tokens of {len(part.ends):,} documents")
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    part = Shards(args.out, tokenizer.vocab).parts[0]
+    print(f"{args.out}: {count:,} tokens of {len(part.ends):,} documents")
     return 0
 
 

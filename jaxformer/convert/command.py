@@ -8,9 +8,10 @@ import jax
 
 from jaxformer import convert
 from jaxformer.convert.families import FAMILIES
-from jaxformer.errors import InputError
+from jaxformer.program import entry, writing
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Loads, tells, and saves; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -25,21 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", help=f"write as one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("--shard-gb", type=float, default=5.0, help="default: 5")
     args = parser.parse_args(argv)
-    try:
-        model, params = convert.load(args.source)
-        leaves = jax.tree.leaves(params)
-        count = sum(math.prod(x.shape) for x in leaves)
-        print(f"{args.source}: {type(model).__name__}, {count:,} parameters")
-        if args.target:
-            shard = int(args.shard_gb * 1e9)
+    model, params = convert.load(args.source)
+    leaves = jax.tree.leaves(params)
+    count = sum(math.prod(x.shape) for x in leaves)
+    print(f"{args.source}: {type(model).__name__}, {count:,} parameters")
+    if args.target:
+        shard = int(args.shard_gb * 1e9)
+        with writing():
             convert.save(args.target, model, params, kind=args.kind, shard_bytes=shard)
-            print(f"{args.target}: written")
-    except OSError as error:
-        print(f"error: {error}; name another place", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(f"{args.target}: written")
     return 0
 
 

@@ -63,7 +63,8 @@ class Attention(nn.Module):
     mutable, and looks at what it finds there: see `layers.cache`. With `fresh` it finds
     nothing, whatever is there, and `mask` holds as without a cache. A collection "prefix"
     is looked at too, and not written. What is cached goes by position alone: each token
-    sees those of its row before it.
+    sees those of its row before it. A rotary with sections turns by `places` where those
+    are given: the frame, row and column of each token, see `ops.mrope`.
     """
 
     num_heads: int
@@ -87,6 +88,7 @@ class Attention(nn.Module):
         bias: Float[Array, "#B #N T S"] | None = None,
         angles: Float[Array, "#B T h"] | None = None,
         positions: Int[Array, "#B T"] | None = None,
+        places: Int[Array, "#B T 3"] | None = None,
         fresh: bool = False,
     ) -> Float[Array, "B T D"]:
         D, N, H = x.shape[-1], self.num_heads, self.head_dim
@@ -114,7 +116,7 @@ class Attention(nn.Module):
             k_norm = self.qk_norm(**alike, name="key_norm").weights(H)
             norm = (q_norm, k_norm)
         # Both are attention's to apply: a kernel does so on the way.
-        how: dict[str, Any] = {"norm": norm, "angles": self._angles(angles, positions)}
+        how: dict[str, Any] = {"norm": norm, "angles": self._angles(angles, positions, places)}
         how["scale"], mask = self._scale(), self._masked(mask)
         if self.is_mutable_collection("stats") and not self.is_initializing():
             self.sow("stats", "max_logit", max_logit(q, k, mask=mask, **how))
@@ -128,12 +130,15 @@ class Attention(nn.Module):
             y = self._cached(q, k, v, mask, bias, how, positions, fresh)
         return project("out", "BTNH,NHD->BTD", D=D)(y)
 
-    def _angles(self, angles, positions):
-        if self.scores.rotary is None or positions is None:
+    def _angles(self, angles, positions, places):
+        rotary = self.scores.rotary
+        if rotary is None or (positions is None and places is None):
             return angles
         if angles is not None:
             raise ValueError("angles are given, but the attention has a rotary of its own")
-        return self.scores.rotary.angles(positions, self.head_dim)
+        if places is not None:
+            return rotary.angles_at(places, self.head_dim)
+        return rotary.angles(positions, self.head_dim)
 
     def _scale(self) -> float | None:
         rotary, scale = self.scores.rotary, self.scores.scale

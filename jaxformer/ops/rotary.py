@@ -5,6 +5,7 @@ them. Source: Su et al. 2021, arXiv 2104.09864.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -43,6 +44,28 @@ def angles_of_axes(
     """Angles of positions on several axes: of a head's numbers, `sizes[i]` turn with axis i."""
     parts = [angles(p, size, theta) for p, size in zip(places, sizes, strict=True)]
     return jnp.concatenate(parts, axis=-1)
+
+
+def axes_of_sections(sections: tuple[int, ...], *, interleaved: bool = False) -> np.ndarray:
+    """By which axis each pair of a head turns, where `sections[i]` pairs turn by axis i.
+
+    Chunked, sections follow each other (Qwen2-VL, arXiv 2409.12191). `interleaved`, pairs
+    take turns: each third by rows and each third by columns until those sections are used
+    up, and all others by frames (Qwen3-VL, 2511.21631), so that every axis has fast pairs.
+
+    Example:
+      >>> axes_of_sections((1, 2, 2)).tolist()
+      [0, 1, 1, 2, 2]
+      >>> axes_of_sections((3, 2, 2), interleaved=True).tolist()
+      [0, 1, 2, 0, 1, 2, 0]
+    """
+    count = len(sections)
+    if not interleaved:
+        return np.repeat(np.arange(count), sections)
+    found = np.zeros(sum(sections), int)
+    for axis in range(1, count):
+        found[axis : count * sections[axis] : count] = axis
+    return found
 
 
 def centered_places(y: int, x: int, text: int) -> tuple[Int[Array, "3 T"], Int[Array, "3 S"]]:

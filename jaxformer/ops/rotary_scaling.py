@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxformer.ops.rotary import axes_of_sections
+
 
 @runtime_checkable
 class Scaling(Protocol):
@@ -174,3 +176,41 @@ class Rotary:
             found = self.scaling.frequencies(self.theta, head_dim)
         frequency = jnp.asarray(found, jnp.float32)[(None,) * positions.ndim]
         return positions[..., None].astype(jnp.float32) * frequency
+
+    def angles_at(self, places: Int[Array, "*B T 3"], head_dim: int) -> Float[Array, "*B T h"]:
+        """Angles of tokens that stand on several axes, see `MRotary`."""
+        raise ValueError(
+            "places on several axes need rotary positions with sections; use MRotary(theta, "
+            "sections=...)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MRotary(Rotary):
+    """Rotary positions of text among images and videos: each pair turns by one of 3 axes.
+
+    Frames, rows and columns are those of `ops.mrope.multimodal_places`; text alone, which
+    stands at the same place on all of them, turns as by `Rotary`. `sections` are how many
+    pairs turn by each axis, see `ops.rotary.axes_of_sections`.
+    """
+
+    sections: tuple[int, int, int] = (16, 24, 24)
+    interleaved: bool = False
+
+    def angles_at(self, places: Int[Array, "*B T 3"], head_dim: int) -> Float[Array, "*B T h"]:
+        """Angles in radians, one for each of the `head_dim / 2` pairs, float32.
+
+        Raises:
+          ValueError: sections that are not of as many pairs, or a law that asks how long
+            the text is.
+        """
+        if 2 * sum(self.sections) != head_dim or isinstance(self.scaling, DynamicNTK):
+            raise ValueError(
+                f"sections={self.sections} must sum to half of head_dim={head_dim}, and the "
+                "law must not be DynamicNTK"
+            )
+        axes = axes_of_sections(self.sections, interleaved=self.interleaved)
+        law = self.scaling
+        found = (law.frequencies if law else plain)(self.theta, head_dim)
+        frequency = jnp.asarray(found, jnp.float32)[(None,) * (places.ndim - 1)]
+        return places[..., axes].astype(jnp.float32) * frequency

@@ -11,6 +11,7 @@ without a model. Command:
 from evaluate.features import pixels
 from evaluate.knn import KNN
 from evaluate.linear import LinearProbe
+from evaluate.pictures import Reconstruction
 from jaxformer.data.augment import Affine
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
@@ -49,6 +50,7 @@ def experiment() -> Experiment:
             "pixels_probe": LinearProbe(train, test, features=pixels),
             "pixels_knn": KNN(train, test, features=pixels),
         },
+        pictures={"filled": Reconstruction(test)},
         steps=2000,
         batch_size=128,
         ema=0.98,

@@ -8,6 +8,7 @@ Expected: about 80 % top-1 (36 % by nearest neighbours on pixels); see the READM
     python -m train configs/vit_glyphs.py
 """
 
+from evaluate.pictures import Attention
 from jaxformer.data.augment import Affine
 from jaxformer.data.glyphs import Glyphs
 from jaxformer.data.images import Normalize
@@ -21,6 +22,7 @@ from jaxformer.optim import Cosine, Muon, NewtonSchulz
 def experiment() -> Experiment:
     """Eight CPU minutes; every number of it can be overridden."""
     normalize = Normalize(mean=0.126, std=0.296)
+    test = Pipeline(Glyphs("test"), (normalize,))
     return Experiment(
         model=ViT(
             width=96,
@@ -39,7 +41,8 @@ def experiment() -> Experiment:
             newton_schulz=NewtonSchulz(dtype="float32"),  # Which a CPU is faster in.
         ),
         data=Pipeline(Glyphs("train"), (Affine(shift=2, degrees=8, scale=0.2), normalize)),
-        evals={"test": Pipeline(Glyphs("test"), (normalize,))},
+        evals={"test": test},
+        pictures={"looks": Attention(test)},
         steps=1000,
         ema=0.98,
         batch_size=128,

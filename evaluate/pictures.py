@@ -1,17 +1,106 @@
-"""Pictures of what a vision model does: where it looks, and what it fills in."""
+"""Pictures of what a vision model does: where it looks, and what it fills in.
+
+A config names them: `pictures={"looks": Attention(test)}` draws some images of a pipeline at
+every evaluation of a run, into its folder `pictures`. The functions beside them draw what is
+at hand.
+"""
 
 import pathlib
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 
+from evaluate.run import Trained
+from jaxformer.data.loader import Pipeline
+from jaxformer.data.sources import Record
 from jaxformer.errors import InputError
+from jaxformer.models.vit import attention_map
+from jaxformer.objectives.reconstruct import drawn
+from jaxformer.ops.patches import patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a vision transformer looks in `count` images of `test`, evenly taken.
+
+    Of layer `layer`, see `attention_picture` for `query`: 0 is the class token, which a model
+    that takes the mean of its patches has not; None is the mean of all.
+    """
+
+    test: Pipeline
+    count: int = 4
+    layer: int = -1
+    query: int | None = None
+
+    def picture(self, trained: Trained, path: pathlib.Path) -> pathlib.Path:
+        """Draws them as a PNG."""
+        model: Any = trained.model
+
+        def look(apply, params, batch):
+            maps = attention_map(model, {"params": params}, batch["image"], layer=self.layer)
+            return batch["image"], maps
+
+        images, weights = trained.collect(look, _some(self.test, self.count))
+        grid = images.shape[1] // model.patch, images.shape[2] // model.patch
+        return attention_picture(images, weights, path, query=self.query, grid=grid)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a masked autoencoder makes of `count` images of `test`, evenly taken.
+
+    Which patches are hidden is drawn from `seed`. Where it says pixels by the mean and the
+    deviation of their patch, these are the image's own, as He et al. 2022 (MAE) draw them.
+    """
+
+    test: Pipeline
+    count: int = 4
+    seed: int = 0
+
+    def picture(self, trained: Trained, path: pathlib.Path) -> pathlib.Path:
+        """Draws them as a PNG."""
+        objective, key = trained.objective, jax.random.key(self.seed)
+
+        def fill(apply, params, batch):
+            images = batch["image"]
+            patches = patchify(images, objective.patch)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
+            noise = jax.vmap(lambda key: jax.random.uniform(key, patches.shape[1:2]))(keys)
+            told, mask = apply({"params": params}, images, noise)
+            pixels = drawn(told, patches, normalize=objective.normalize)
+            return images, mask, unpatchify(pixels, objective.patch, images.shape[1:3])
+
+        images, mask, filled = trained.collect(fill, _some(self.test, self.count))
+        y, x = (n // objective.patch for n in images.shape[1:3])
+        return reconstruction_picture(images, mask.reshape(-1, y, x) > 0, filled, path)
+
+
+@dataclass(frozen=True)
+class _Some:
+    """`count` records of a source, from its first on, evenly; each knows its number."""
+
+    source: Any
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source))
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index * len(self.source) // len(self)]
+        return record | {"number": np.int32(index)}
+
+
+def _some(pipeline: Pipeline, count: int) -> Pipeline:
+    return Pipeline(_Some(pipeline.source, count), pipeline.transforms)
 
 
 def attention_picture(

@@ -30,10 +30,29 @@ def targets(patches: Float[Array, "B T P"], *, normalize: bool = True) -> Float[
     x = patches.astype(jnp.float32)
     if not normalize:
         return x
+    mean, deviation = _moments(x)
+    return (x - mean) / deviation
+
+
+def drawn(
+    prediction: Float[Array, "B T P"], patches: Float[Array, "B T P"], *, normalize: bool = True
+) -> Float[Array, "B T P"]:
+    """The pixels that a prediction stands for: the inverse of `targets`.
+
+    With `normalize` by the mean and deviation of the image's own patches, which the model
+    was not told: for a person to look at, and no measure of it.
+    """
+    if not normalize:
+        return prediction.astype(jnp.float32)
+    mean, deviation = _moments(patches.astype(jnp.float32))
+    return prediction * deviation + mean
+
+
+def _moments(x: Float[Array, "B T P"]) -> tuple[Float[Array, "B T 1"], Float[Array, "B T 1"]]:
     if x.shape[-1] < 2:
         raise ValueError("patches of one number have no variance; use normalize=False")
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, ddof=1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + EPSILON)
+    return mean, jnp.sqrt(variance + EPSILON)
 
 
 def squared_error(

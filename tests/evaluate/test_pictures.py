@@ -1,11 +1,28 @@
 """Pictures are drawn, and show what they are given."""
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate.pictures import attention_picture, reconstruction_picture
+from evaluate import pictures
+from evaluate.generate import Records
+from evaluate.pictures import (
+    Attention,
+    Reconstruction,
+    attention_picture,
+    reconstruction_picture,
+)
+from evaluate.run import Trained
+from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
+from jaxformer.experiment import Picture
+from jaxformer.models.vit import ViT, attention_map
+from jaxformer.objectives.reconstruct import Reconstruct
+from jaxformer.ops.patches import patchify
+from jaxformer.sharding import FSDP_TENSOR, make_mesh
 
 
 def images(channels, count=2):
@@ -26,10 +43,11 @@ def pixels(path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_attention_is_drawn_over_the_image(tmp_path, channels):
-    grid = {"grid": (3, 2)}
     drawn = {}
     for place in (2, 7):  # the first and last patch, behind two other keys.
-        path = attention_picture(images(channels), looking_at(place, 8), tmp_path / "a", **grid)
+        path = attention_picture(
+            images(channels), looking_at(place, 8), tmp_path / "a", grid=(3, 2)
+        )
         assert path == tmp_path / "a.png"
         drawn[place] = pixels(path)
         assert drawn[place].std() > 20, "blank"
@@ -80,3 +98,64 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
         hidden = np.zeros((2, 5, 4), bool)
         reconstruction_picture(images(1), hidden, images(1), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+RECORDS = Pipeline(Records([{"image": x} for x in images(1, 10)]))
+
+
+def trained(model, params, objective=None, devices=3):
+    mesh = make_mesh(f"data={devices}", jax.devices()[:devices])
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    return Trained(model.apply, params, mesh, FSDP_TENSOR, 8, model, objective)
+
+
+def test_a_run_draws_where_its_model_looks(tmp_path, monkeypatch, key):
+    model = ViT(8, 2, 8, 2, patch=4, num_classes=3, positions="sincos", registers=1)
+    given = jnp.asarray(images(1, 10)[[0, 3, 6]])  # Three of ten, evenly.
+    params = nn.unbox(jax.jit(model.init)(key, given))["params"]
+    seen = {}
+    monkeypatch.setattr(
+        pictures, "attention_picture", lambda *a, **b: seen.update(b, arrays=a[:2]) or a[2]
+    )
+    picture = Attention(RECORDS, count=3, layer=0)
+    assert isinstance(picture, Picture)
+    assert picture.picture(trained(model, params), tmp_path / "a") == tmp_path / "a"
+    shown, maps = seen["arrays"]
+    np.testing.assert_array_equal(shown, given)
+    expected = attention_map(model, {"params": params}, given, layer=0)
+    np.testing.assert_allclose(maps, expected, atol=1e-6)
+    assert seen["grid"] == (3, 2) and seen["query"] is None
+
+
+class Memory(nn.Module):
+    """Hides the patches of most noise, and says of each twice what it is, or its pixels."""
+
+    normalize: bool
+
+    @nn.compact
+    def __call__(self, images, noise):
+        x = patchify(images, 2)
+        if self.normalize:
+            x = (x - x.mean(-1, keepdims=True)) / x.std(-1, ddof=1, keepdims=True)
+        mask = (noise.argsort(-1).argsort(-1) >= 6).astype(jnp.float32)
+        return 2 * x, mask
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_run_draws_what_its_model_fills_in(normalize, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "reconstruction_picture", lambda *a: seen.append(a[:3]))
+    picture, given = Reconstruction(RECORDS, count=5), images(1, 10)[::2]
+    for devices in (1, 4):
+        objective = Reconstruct(2, normalize=normalize)
+        picture.picture(trained(Memory(normalize), {}, objective, devices), tmp_path / "a")
+    (shown, hidden, filled), other = seen
+    for a, b in zip(seen[0], other, strict=True):
+        np.testing.assert_array_equal(a, b)  # On any mesh.
+    np.testing.assert_array_equal(shown, given)
+    assert hidden.shape == (5, 6, 4) and (hidden.sum((1, 2)) == 18).all()
+    assert len({h.tobytes() for h in hidden}) == 5, "each image has noise of its own"
+    patches = given.reshape(5, 6, 2, 4, 2, 1)
+    mean = patches.mean((2, 4), keepdims=True) if normalize else 0
+    expected = (2 * patches - mean).reshape(given.shape)
+    np.testing.assert_allclose(filled, expected, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from jaxformer import sharding
 from jaxformer.errors import InputError
 from jaxformer.experiment import Objective
-from jaxformer.objectives.reconstruct import Reconstruct, squared_error, targets
+from jaxformer.objectives.reconstruct import Reconstruct, drawn, squared_error, targets
 from jaxformer.ops.patches import patchify
 from jaxformer.sharding import FSDP_TENSOR, make_mesh
 
@@ -74,6 +74,8 @@ def test_normalised_patches_have_mean_0_and_variance_1(key):
     found = np.asarray(targets(patches))
     np.testing.assert_allclose(found.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(found.var(-1, ddof=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(drawn(jnp.asarray(found), patches), patches, atol=1e-5)
+    np.testing.assert_array_equal(drawn(patches, 0 * patches, normalize=False), patches)
     flat = targets(jnp.full((1, 1, 4), 7.0))
     np.testing.assert_array_equal(flat, 0)
     with pytest.raises(ValueError, match="patches of one number have no variance"):

@@ -23,7 +23,9 @@ class Drawn:
     `classifier` the encoder's logits say too how many pictures are read as the class that
     was asked for, and the inception score. `protocol` is all that the numbers depend on.
 
-    Real pictures are those of the sources alone, without their pipelines' transforms.
+    Real pictures are those of the sources alone, without their pipelines' transforms. With
+    `reference`, a file that `evaluate.reference` wrote, Frechet distances are to its
+    statistics, and all other numbers to `train` as without.
     """
 
     draw: Draw
@@ -34,15 +36,37 @@ class Drawn:
     features: Features = pooled
     classifier: bool = True
     neighbours: int = 3
+    reference: str | None = None
 
     def check(self) -> None:
-        """Raises InputError where there is no encoder, or too few pictures."""
+        """Raises InputError where there is no encoder, too few pictures, or a reference of
+        another encoder or of pictures of another size.
+        """
         if self.count < self.neighbours + 2:
             raise InputError(
                 f"count={self.count} must be {self.neighbours + 2} or more for "
                 f"neighbours={self.neighbours}"
             )
         self.encoder.check()
+        if self.reference is not None:
+            held = distances.load(self.reference)
+            if held.encoder != self.encoder.name:
+                raise InputError(
+                    f"{self.reference}: is of {held.encoder or 'an encoder without a name'}, "
+                    f"and {self.encoder.name} looks at the pictures; write it again with that "
+                    "encoder, or set reference=None"
+                )
+            if held.size and held.size != self.size:
+                sizes = [" x ".join(map(str, size)) for size in (held.size, self.size)]
+                raise InputError(
+                    f"{self.reference}: is of pictures of {sizes[0]} pixels, and {sizes[1]} "
+                    "are drawn; write it again, of pictures of that size"
+                )
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Rows and columns of a picture."""
+        return tuple(self.draw.shape[:2])
 
     def run(self, trained: Trained) -> metrics.Metrics:
         labels = np.arange(self.count) % num_classes(self.train)
@@ -53,7 +77,10 @@ class Drawn:
         drawn, logits = look.at_images(images)
         real, _ = look.at(self.train)
         name = self.encoder.name
-        reference = distances.statistics(real, name)
+        if self.reference is None:
+            reference = distances.statistics(real, name, self.size)
+        else:
+            reference = distances.load(self.reference)
         found = self._beside(reference, real, drawn, name)
         if self.classifier:
             found |= _classified(logits, None if given is None else labels)
@@ -68,7 +95,7 @@ class Drawn:
 
     def _beside(self, reference, real, features, name) -> metrics.Metrics:
         """Of a set of features, beside the real ones."""
-        found = distances.statistics(features, name)
+        found = distances.statistics(features, name, self.size)
         precision, recall = distances.precision_recall(real, features, self.neighbours)
         values = {
             "frechet": distances.frechet(reference, found),

@@ -2,12 +2,15 @@
 
 On the host, and of all rows in their order: the same numbers on any mesh. A distance tells
 little by itself. It falls with the number of pictures, and has another size for every encoder,
-which is why statistics carry their encoder's name and are refused beside another's.
+which is why statistics carry their encoder's name and are refused beside another's. A file
+of them (`save`, `load`) carries a hash of its numbers too.
 """
 
 import dataclasses
 import hashlib
 import math
+import os
+import zipfile
 
 import numpy as np
 from jaxtyping import Float
@@ -21,12 +24,16 @@ CHUNK = 1024  # rows of a table of distances that are held at once.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean `[D]` and unbiased covariance `[D, D]` of `count` features of an encoder."""
+    """Mean `[D]` and unbiased covariance `[D, D]` of `count` features of an encoder.
+
+    `size` is that of the pictures, (rows, columns), where it is known.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
     count: int
     encoder: str = ""
+    size: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -36,7 +43,7 @@ class Statistics:
         return hashlib.sha256(text + self.encoder.encode()).hexdigest()[:12]
 
 
-def statistics(features: Rows, encoder: str = "") -> Statistics:
+def statistics(features: Rows, encoder: str = "", size: tuple[int, ...] = ()) -> Statistics:
     """Mean and covariance of the rows.
 
     Raises:
@@ -49,7 +56,53 @@ def statistics(features: Rows, encoder: str = "") -> Statistics:
         raise InputError("features are not finite; look at the pictures and the encoder")
     mean = x.mean(0)
     off = x - mean
-    return Statistics(mean, off.T @ off / (len(x) - 1), len(x), encoder)
+    return Statistics(mean, off.T @ off / (len(x) - 1), len(x), encoder, size)
+
+
+def save(path: str | os.PathLike, found: Statistics) -> None:
+    """Writes statistics as an npz of their fields and their hash.
+
+    Example:
+      >>> import tempfile
+      >>> found = statistics(np.eye(3), "a judge", (8, 8))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(folder + "/a.npz", found)
+      ...     load(folder + "/a.npz").digest == found.digest
+      True
+    """
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    with open(path, "wb") as file:  # Or NumPy would add its own ending to the name.
+        np.savez(file, digest=found.digest, **fields)
+
+
+def load(path: str | os.PathLike) -> Statistics:
+    """Reads what `save` wrote.
+
+    Raises:
+      InputError: no such file, statistics that do not say whose they are, as others write
+        them, or numbers that are not those of the file's hash.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{os.fspath(path)}: holds no statistics ({error})") from None
+    wanted = {f.name for f in dataclasses.fields(Statistics)} | {"digest"}
+    if held.keys() != wanted:
+        raise InputError(
+            f"{os.fspath(path)}: holds {', '.join(sorted(held)) or 'nothing'}, where "
+            f"statistics have {', '.join(sorted(wanted))}; write them with "
+            "python -m evaluate.reference"
+        )
+    mean, covariance = held["mean"], held["covariance"]
+    size, count = tuple(held["size"].tolist()), int(held["count"])
+    found = Statistics(mean, covariance, count, str(held["encoder"]), size)
+    if found.digest != str(held["digest"]):
+        raise InputError(
+            f"{os.fspath(path)}: its numbers are not those of its hash {held['digest']}; write "
+            "it again"
+        )
+    return found
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
@@ -60,7 +113,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
     others take by a general `sqrtm` that fails near singular matrices.
 
     Raises:
-      InputError: features of two encoders.
+      InputError: features of two encoders, or of pictures of two sizes.
 
     Example:
       >>> x = np.random.default_rng(0).normal(size=(50, 3))
@@ -75,12 +128,18 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def same_encoder(a: Statistics, b: Statistics) -> None:
-    """Raises InputError where two statistics are of different features."""
+    """Raises InputError where two statistics are of different features or sizes of pictures."""
     if a.encoder != b.encoder or len(a.mean) != len(b.mean):
         names = [f"{s.encoder or 'no name'} of {len(s.mean)} numbers" for s in (a, b)]
         raise InputError(
             f"statistics of two encoders, {names[0]} and {names[1]}, are no distance apart; "
             "take both with one encoder"
+        )
+    if a.size and b.size and a.size != b.size:
+        sizes = [" x ".join(map(str, s.size)) for s in (a, b)]
+        raise InputError(
+            f"statistics of pictures of {sizes[0]} and of {sizes[1]} pixels are no distance "
+            "apart; take both of one size"
         )
 
 

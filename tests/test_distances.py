@@ -6,8 +6,10 @@ from jaxformer.distances import (
     frechet,
     inception_score,
     kernel_distance,
+    load,
     precision_recall,
     root,
+    save,
     statistics,
 )
 from jaxformer.errors import InputError
@@ -60,6 +62,37 @@ def test_statistics_and_their_names():
     assert len({s.digest, statistics(X).digest, statistics(X[:299], "vit").digest}) == 3
 
 
+def test_a_file_holds_statistics_and_whose_they_are(tmp_path):
+    s = statistics(X, "vit", (8, 9))
+    save(tmp_path / "a", s)
+    again = load(tmp_path / "a")
+    np.testing.assert_array_equal(again.covariance, s.covariance)
+    np.testing.assert_array_equal(again.mean, s.mean)
+    assert (again.count, again.encoder, again.size) == (300, "vit", (8, 9))
+    assert again.digest == s.digest
+
+
+def changed(path, **arrays):
+    with np.load(path) as file:
+        held = {name: file[name] for name in file.files}
+    with open(path, "wb") as file:
+        np.savez(file, **(held | arrays))
+
+
+def test_a_file_of_others_or_with_other_numbers_is_refused(tmp_path):
+    save(tmp_path / "a", statistics(X, "vit"))
+    changed(tmp_path / "a", count=301)
+    with pytest.raises(InputError, match="are not those of its hash"):
+        load(tmp_path / "a")
+    np.savez(tmp_path / "b.npz", mu=X, sigma=X)
+    with pytest.raises(InputError, match="holds mu, sigma, where statistics have count, cov"):
+        load(tmp_path / "b.npz")
+    (tmp_path / "c").write_bytes(b"no file of arrays")
+    for name in ("c", "d"):
+        with pytest.raises(InputError, match=f"{name}: holds no statistics"):
+            load(tmp_path / name)
+
+
 def test_the_kernel_distance_is_a_mean_over_pairs():
     x, y = X[:7], X[7:12]
 
@@ -98,6 +131,10 @@ def test_precision_and_recall_tell_what_is_wrong():
     [
         (lambda: frechet(statistics(X, "a"), statistics(X, "b")), "a of 5 numbers and b of 5"),
         (lambda: frechet(statistics(X), statistics(X[:, :3])), "of 5 numbers and no name of 3"),
+        (
+            lambda: frechet(statistics(X, "a", (8, 8)), statistics(X, "a", (9, 8))),
+            "pictures of 8 x 8 and of 9 x 8 pixels",
+        ),
         (lambda: statistics(X[:1]), "1 pictures have no covariance"),
         (lambda: statistics(X * np.nan), "features are not finite"),
         (lambda: precision_recall(X[:3], X), "k=3 neighbours must be from 1 to 2"),

@@ -16,6 +16,7 @@ from evaluate.drawn import Drawn
 from evaluate.encoder import Converted, Look, Run
 from evaluate.generate import Records
 from evaluate.grid import Grid
+from evaluate.reference import reference
 from evaluate.report import table
 from evaluate.run import Trained
 from jaxformer import distances
@@ -118,6 +119,36 @@ def test_a_judgement_is_that_of_all_rows_on_any_mesh(devices, batch):
     assert text["protocol"]["value"]["count"] == 30
     assert text["frechet"]["value"] == pytest.approx(wanted, rel=1e-4)
     assert "encoder=toy at step 0" in table(3, {"drawn": found})
+
+
+def test_a_file_of_statistics_is_the_reference(tmp_path):
+    """Written of what the encoder sees of the real pictures, it changes no number."""
+    path = str(tmp_path / "real.npz")
+    distances.save(path, reference(TASK))
+    by_file = dataclasses.replace(TASK, reference=path)
+    by_file.check()
+    found, alone = by_file.run(model()), TASK.run(model())
+    assert found["frechet"].value() == pytest.approx(alone["frechet"].value(), rel=1e-4)
+    told = [one["protocol"].value()["reference"] for one in (found, alone)]
+    assert told[0] == distances.load(path).digest
+    distances.save(path, dataclasses.replace(reference(TASK), mean=np.full(3, 9.0)))
+    assert by_file.run(model())["frechet"].value() > 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"encoder": "toy at step 1"}, "is of toy at step 1, and toy at step 0 looks"),
+        ({"encoder": ""}, "is of an encoder without a name"),
+        ({"size": (4, 2)}, "is of pictures of 4 x 2 pixels, and 2 x 2 are drawn"),
+    ],
+)
+def test_statistics_of_another_encoder_or_size_are_refused(fields, message, tmp_path):
+    path = str(tmp_path / "real.npz")
+    held = distances.statistics(np.eye(3), Toy.name, (2, 2))
+    distances.save(path, dataclasses.replace(held, **fields))
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(TASK, reference=path).check()
 
 
 def test_a_picture_is_that_of_its_number_and_label():

@@ -12,6 +12,7 @@ from jaxformer.convert import (
     gemma,
     gpt2,
     idefics,
+    inception,
     llama,
     mae,
     mmdit,
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         dinov2.DINOV2_WITH_REGISTERS,
         dinov3.DINOV3,
         timm.TIMM,
+        inception.INCEPTION,
         llama.LLAMA,
         llama.MISTRAL,
         llama.QWEN2,
@@ -76,6 +78,8 @@ FAMILIES: dict[str, Family] = {
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """The name of a config's family; timm has an `architecture`, diffusers a `_class_name`."""
-    kind = config.get("model_type", "timm" if "architecture" in config else None)
+    named = config.get("architecture")
+    timms = named if named in FAMILIES else "timm"
+    kind = config.get("model_type", timms if "architecture" in config else None)
     kind = config.get("_class_name", kind)
     return kind if isinstance(kind, str) else None

@@ -51,6 +51,7 @@ class Infill:
     length: int
     mask_id: int | None = None  # None: the model is one of the next token.
     block: int | None = None  # of a model of block diffusion, which divides the length.
+    shift: bool = False  # as of `models.mdlm.denoiser`.
     show: Show = STEPS
     law: Law = GREEDY
     before: float = 0.5
@@ -105,7 +106,7 @@ class Infill:
             key = jax.random.key(self.seed)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
             made = sample(
-                denoiser(model, params, block=self.block),
+                denoiser(model, params, shift=self.shift, block=self.block),
                 batch["tokens"],
                 keys,
                 mask_id=mask_id,

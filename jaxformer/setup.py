@@ -85,6 +85,11 @@ def setup(experiment: Experiment, inputs: Sequence[Any], devices=None) -> Setup:
     )
     if getattr(experiment.optimizer, "qk_clip", None) is None:
         loss_fn = functools.partial(objective.loss, model.apply)
+    elif hasattr(objective, "stages"):
+        raise InputError(
+            "optimizer.qk_clip looks at what every forward pass leaves, and stages take one "
+            "of several; give one objective, or an optimizer without qk_clip"
+        )
     else:
         loss_fn = steps.with_stats(objective.loss, model.apply)
     stopped = getattr(experiment.optimizer, "stopped", None)  # Of optim.Parts.

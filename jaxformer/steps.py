@@ -45,7 +45,7 @@ def train_step(
     accumulate: int = 1,
     ema: float | None = None,
     skip_nonfinite: bool = False,
-    prepare: Callable[[Batch, Array], Batch] | None = None,
+    prepare: Callable[[Batch, Array, Array], Batch] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one gradient step.
 
@@ -62,15 +62,15 @@ def train_step(
       ema: decay of a running average of the parameters, kept in `state.ema`.
       skip_nonfinite: leaves everything but the step count as it was where the loss or
         the gradient is not finite, and says so by `metrics["skipped"]` = 1.
-      prepare: `(batch, key) -> batch`, what is drawn for the whole batch before it is split,
-        such as times in strata over all of it.
+      prepare: `(batch, key, step) -> batch`, what is drawn for the whole batch before it is
+        split, such as times in strata over all of it, and what depends on the step.
 
     Returns:
       The next state and metrics: those of `loss_fn`, `loss` and `grad_norm`.
     """
     key = jax.random.fold_in(key, state.step)
     if prepare is not None:  # No part folds this number in.
-        batch = prepare(batch, jax.random.fold_in(key, accumulate))
+        batch = prepare(batch, jax.random.fold_in(key, accumulate), state.step)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         (loss, metrics), grads = grad_fn(state.params, batch, key)

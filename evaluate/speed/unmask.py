@@ -43,6 +43,16 @@ class Prompt(NamedTuple):
     rest: str
 
 
+class Side(NamedTuple):
+    """A model of a config, and the texts that it was not shown."""
+
+    model: Any
+    params: Any
+    shift: bool
+    tokenizer: Any
+    documents: Any
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--batch", type=int, help="rows, default 4")
@@ -61,11 +71,11 @@ def run(
 ) -> dict:
     """Times everything; prints and returns a row a side."""
     models = {name: trained(config, runs.get(name)) for name, config in CONFIGS.items()}
-    tokenizer = models["decoder"][2]
-    prompts = held_out(tokenizer, models["decoder"][3], prompt)
+    tokenizer = models["decoder"].tokenizer
+    prompts = held_out(tokenizer, models["decoder"].documents, prompt)
     rounds = min(rounds, len(prompts) // batch)
     sides = {
-        name: functools.partial(make(*models[kind][:2], steps), models[kind][1])
+        name: functools.partial(make(models[kind], steps), models[kind].params)
         for name, (kind, make) in SIDES.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -101,20 +111,22 @@ def run(
         shown = [f"{k} {v:.4g}" for k, v in row.items() if k != "side"]
         print(f"{name:<34}", "  ".join(shown))
     sizes = {"batch": batch, "prompt": prompt, "steps": steps, "snippets": rounds * batch}
-    kinds = {name: repr(models[name][0]) for name in CONFIGS}
+    kinds = {name: repr(models[name].model) for name in CONFIGS}
     return {"rounds": rounds, **sizes, "trained": sorted(runs), "models": kinds, "rows": rows}
 
 
-def trained(config: str, directory: str | None) -> tuple[Any, Any, Any, Any]:
-    """Model, parameters, tokenizer and held-out documents of a config."""
+def trained(config: str, directory: str | None) -> Side:
+    """A config's model, with parameters of a run or random ones."""
     experiment = load(f"configs/{config}.py")
     if directory is None:
         tokens = jnp.zeros((1, 8), jnp.int32)
         params = nn.unbox(jax.jit(experiment.model.init)(jax.random.key(0), tokens))["params"]
     else:
         params = restored(experiment, directory)[2]
-    source = experiment.evals["test"].source.tokens  # pyright: ignore
-    return experiment.model, params, source.tokenizer, source.source
+    source: Any = experiment.evals["test"].source
+    infill: Any = experiment.tasks["infill"]
+    tokens = source.tokens
+    return Side(experiment.model, params, infill.shift, tokens.tokenizer, tokens.source)
 
 
 def held_out(tokenizer, documents, length: int) -> list[Prompt]:
@@ -138,11 +150,12 @@ def judged(prompt: Prompt, text: str) -> tuple[bool, bool]:
     return parses(function(prompt.start + text)[0]), line
 
 
-Side = Callable[[Any, Any, int], Callable[..., Any]]
+Make = Callable[[Side, int], Callable[..., Any]]
 
 
-def by_token(model, params, steps: int) -> Callable[..., Any]:
+def by_token(side: Side, steps: int) -> Callable[..., Any]:
     """The decoder, a token at a time."""
+    model = side.model
 
     @jax.jit
     def go(params, tokens, keys):
@@ -157,18 +170,19 @@ def by_token(model, params, steps: int) -> Callable[..., Any]:
     return go
 
 
-def filled(show, sampler, block: int, size: int | None = None, **options) -> Side:
+def filled(show, sampler, block: int, size: int | None = None, **options) -> Make:
     """Unmasking: by no cache, or a sampler of `samplers.blocks`; `size` is the model's."""
 
-    def make(model, params, steps: int) -> Callable[..., Any]:
+    def make(side: Side, steps: int) -> Callable[..., Any]:
+        model, shift = side.model, side.shift
         mask_id = model.vocab - 1
 
         @jax.jit
         def go(params, tokens, keys):
             if sampler is unmask.sample:
-                given: Any = denoiser(model, params, block=size)
+                given: Any = denoiser(model, params, shift=shift, block=size)
             else:
-                given = Canvas(model, {"params": params}, block=size)
+                given = Canvas(model, {"params": params}, shift, size)
             T = tokens.shape[1]
             canvas = jnp.pad(tokens, ((0, 0), (0, steps)), constant_values=mask_id)
             how: Any = {"mask_id": mask_id, "show": show, "law": LAW, "block": block}
@@ -180,9 +194,9 @@ def filled(show, sampler, block: int, size: int | None = None, **options) -> Sid
     return make
 
 
-def sides() -> dict[str, tuple[str, Side]]:
+def sides() -> dict[str, tuple[str, Make]]:
     """Every sampler by its name, and whose parameters it takes."""
-    found: dict[str, tuple[str, Side]] = {"decoder": ("decoder", by_token)}
+    found: dict[str, tuple[str, Make]] = {"decoder": ("decoder", by_token)}
     shows = {f"{n} a step": Count(BLOCK // n) for n in (1, 2, 4, 8)}
     shows |= {"above 0.9": Above(0.9), "above 0.5": Above(0.5), "entropy 1": Bound(1.0)}
     for name, show in shows.items():

@@ -30,7 +30,7 @@ from jaxformer.objectives.schedules import Clipped, Linear, Schedule
 from jaxformer.objectives.times import times
 from jaxformer.ops import intervals
 from jaxformer.ops.draw import uniform
-from jaxformer.ops.mask import BlockDiffusion, Mask, Segments, Twice
+from jaxformer.ops.mask import BlockDiffusion, Causal, Mask, Segments, Twice
 
 FLOOR = 1e-3
 LINEAR = Linear()
@@ -214,8 +214,14 @@ class Unmask:
     before it; `block=1` is a model of the next token, and `block=T` masked diffusion.
     Segments then begin where blocks do.
 
-    Evaluation draws by count, `samples` times a batch, and is the bound itself. With `timed`
-    the model is told how much is masked, as `share`, see `models.timed`.
+    With `shift` a token is guessed where the model stands at the one before it, as a decoder
+    guesses (Dream, arXiv 2508.15487): in a block by the noisy one, and the first of a block
+    by the clean one. The first token of a text is then given, as it is to a decoder, and
+    `block=1` is the decoder itself: its loss, without a noisy half.
+
+    Evaluation draws by count, `samples` times a batch, and is the bound itself; so does
+    training where a block is one token, which is then always masked. With `timed` the model
+    is told how much is masked, as `share`, see `models.timed`.
     """
 
     mask_id: int
@@ -225,6 +231,7 @@ class Unmask:
     chunk: int | None = 128
     samples: int = 1
     timed: bool = False
+    shift: bool = False
     inputs: tuple[str, ...] = ("tokens",)
 
     def arguments(self, tokens: Array) -> tuple[Array, ...]:
@@ -253,7 +260,7 @@ class Unmask:
                 "timed=True, and other models are told no time"
             )
 
-    def prepare(self, batch: dict, key: Array) -> dict:
+    def prepare(self, batch: dict, key: Array, step: Int[Array, ""]) -> dict:
         """With `times` of its rows, one in each part of the whole batch; see `steps`."""
         B, T = batch["tokens"].shape
         return batch | {"times": times(key, B, T // (self.block or T))}
@@ -263,8 +270,9 @@ class Unmask:
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The bound, nats a token that may be masked; see `NextToken.loss` for the args."""
         drawn, key = jax.random.split(key)
-        hidden = learned(batch)
-        noisy = self._noisy(batch["tokens"], drawn, hidden, self.draw, batch.get("times"))
+        hidden = self._hidden(batch)
+        draw = "count" if self.block == 1 else self.draw
+        noisy = self._noisy(batch["tokens"], drawn, hidden, draw, batch.get("times"))
         options = {"train": True, "rngs": {"dropout": key}}
         each, right = self._guess(apply, params, batch, noisy, options)
         hits = noisy.weight > 0
@@ -285,7 +293,7 @@ class Unmask:
         `bits_per_byte_error`: by the variance of each row's draws, which counts nothing for
         strata, so that it is rather too large.
         """
-        hidden = learned(batch)
+        hidden = self._hidden(batch)
         drawn = []
         for i in range(self.samples):
             key_of = jax.random.fold_in(key, i)
@@ -310,6 +318,10 @@ class Unmask:
                 found[f"{name}_error"] = metrics.Error(variance / unit**2, size)
         return found
 
+    def _hidden(self, batch) -> Bool[Array, "B T"]:
+        hidden = learned(batch)
+        return hidden & follows(batch) if self.shift else hidden
+
     def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
         T = tokens.shape[1]
         if self.block is not None and T % self.block:
@@ -325,20 +337,30 @@ class Unmask:
         return by_time(tokens, key, schedule=self.schedule, **how)
 
     def _guess(self, apply, params, batch, noisy: Noisy, options):
-        tokens, given = noisy.tokens, dict(options)
+        tokens, given = batch["tokens"], dict(options)
+        segments = {n: batch[n] for n in ("segments",) if n in batch}
         if self.block is None:
-            given |= {n: batch[n] for n in ("segments",) if n in batch}
+            rows, given = noisy.tokens, given | segments
             share = noisy.share[:, 0]
+        elif self.block == 1 and self.shift:  # All that is seen is clean.
+            rows, given = tokens, given | segments | {"mask": Causal()}
+            share = jnp.zeros(len(tokens))
         else:
-            tokens, more = two_streams(tokens, batch["tokens"], self.block, batch)
+            rows, more = two_streams(noisy.tokens, tokens, self.block, batch)
             given |= more
             share = jnp.concatenate([noisy.share, jnp.zeros_like(noisy.share)], 1)
         if self.timed:
             given["share"] = share
-        x = apply({"params": params}, tokens, method="hidden", **given)
-        x = x[:, : batch["tokens"].shape[1]]
+        x = apply({"params": params}, rows, method="hidden", **given)
+        T = tokens.shape[1]
+        if self.shift:
+            before = jnp.roll(x[:, :T], 1, axis=1)  # No first token is asked for.
+            if self.block is not None and x.shape[1] > T:
+                first = jnp.arange(T)[None, :, None] % self.block == 0
+                before = jnp.where(first, jnp.roll(x[:, T:], 1, axis=1), before)
+            x = before
         each, _, right = scores(
-            apply, params, x, batch["tokens"], self.chunk, without=self.mask_id
+            apply, params, x[:, :T], tokens, self.chunk, without=self.mask_id
         )
         return each, right
 
@@ -354,6 +376,14 @@ def learned(batch: dict[str, Array]) -> Bool[Array, "B T"]:
     if "weight" in batch:
         found &= (batch["weight"] > 0)[:, None]
     return found
+
+
+def follows(batch: dict[str, Array]) -> Bool[Array, "B T"]:
+    """Which tokens stand after another one of their text."""
+    tokens = batch["tokens"]
+    segments = batch.get("segments", jnp.ones_like(tokens))
+    same = segments[:, 1:] == segments[:, :-1]
+    return jnp.pad(same, [(0, 0), (1, 0)])
 
 
 def two_streams(

@@ -69,7 +69,8 @@ HOW = {"show": Above(0.3), "end": END}
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("rotary", HOW),
+        ("rotary", {**HOW, "shift": True}),
+        pytest.param("rotary", HOW, marks=pytest.mark.slow),
         pytest.param("rotary", {"show": Count(2), "law": GREEDY}, marks=pytest.mark.slow),
         pytest.param("windows", {"show": Count(4, "random")}, marks=pytest.mark.slow),
         pytest.param("alibi", {"show": Above(0.3)}, marks=pytest.mark.slow),

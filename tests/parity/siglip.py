@@ -3,9 +3,12 @@
 import functools
 import importlib
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.layers.pack import PackedAverage
+from jaxformer.layers.embed import GridPosition
+from jaxformer.layers.pack import PackedAverage, PackedPosition
 from jaxformer.layers.pool import Average
 from jaxformer.layers.text import AtEnd
 from jaxformer.ops.activation import gelu
@@ -147,6 +150,22 @@ def _turned(model, inputs):
     return model, inputs | {"grids": inputs["grids"][..., ::-1]}
 
 
+class Resized(PackedPosition):
+    """Positions of each image by another way to resize, which is wrong."""
+
+    method: str = "bilinear"
+    antialias: bool = False
+
+    def setup(self):
+        same = {"method": self.method, "antialias": self.antialias}
+        self.grid = GridPosition(self.width, self.shape, **same)
+        nn.share_scope(self, self.grid)
+
+    def __call__(self, at):
+        rows = [self.grid(*grid) for grid in GRIDS.tolist()]
+        return jnp.stack([jnp.pad(x, ((0, 8 - len(x)), (0, 0))) for x in rows])
+
+
 FACTS = {
     "exact gelu in images": wrong("vision.stack.block.mlp.activation", gelu),
     "exact gelu in the head": wrong("vision.pool.mlp.activation", gelu),
@@ -220,6 +239,10 @@ CASES = (
             "exact gelu in the head": FACTS["exact gelu in the head"],
             "mean of all tokens": wrong("vision.pool", PackedAverage()),
             "turned": _turned,
+            "resize without antialias": wrong("vision.embed.position", Resized(12, (3, 3))),
+            "bicubic resize": wrong(
+                "vision.embed.position", Resized(12, (3, 3), "bicubic", antialias=True)
+            ),
         },
     ),
     Case(

@@ -2,7 +2,9 @@
 
 import functools
 
-from jaxformer.layers.pool import Average
+import jax.numpy as jnp
+
+from jaxformer.layers.pool import Average, TanhLayer
 from jaxformer.ops.activation import gelu_tanh
 from tests.parity.case import Case, wrong
 
@@ -51,6 +53,13 @@ def _our_features(model, variables, inputs):
     }
 
 
+class NoTanh(TanhLayer):
+    """The pooled vector before its tanh, which is wrong."""
+
+    def __call__(self, x):
+        return jnp.arctanh(super().__call__(x))
+
+
 FACTS = {
     "gelu by tanh": wrong("stack.block.mlp.activation", gelu_tanh),
     "mean of all tokens": wrong("pool", Average()),
@@ -91,6 +100,7 @@ CASES = (
         _images,
         _features,
         _our_features,
+        {"no tanh": wrong("neck", NoTanh(24))},
     ),
     Case(
         "vit_no_qkv_bias",

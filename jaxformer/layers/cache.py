@@ -133,6 +133,7 @@ def empty(
     length: int,
     *,
     spare: int = 0,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """A cache of a model without a token in it: the collection "cache".
 
@@ -143,14 +144,17 @@ def empty(
       length: the greatest number of tokens in a row, prompt and all.
       spare: so many more slots than its window a ring has: as many tokens as one takes
         back again after they were written (those that speculative decoding rejects).
+      given: what the model is called with beside them, or the same by shape, such as the
+        `context` of an encoder-decoder.
     """
 
-    def run(variables):
+    def run(variables, given):
         tokens = jnp.zeros((batch, length), jnp.int32)
         at = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
-        return model.apply(variables, tokens, positions=at, mutable=["cache"])[1]["cache"]
+        how: dict[str, Any] = {"positions": at, "mutable": ["cache"], **given}
+        return model.apply(variables, tokens, **how)[1]["cache"]
 
-    seen: Any = nn.unbox(jax.eval_shape(run, variables))
+    seen: Any = nn.unbox(jax.eval_shape(run, variables, dict(given or {})))
 
     def blank(kv: KV) -> KV:
         S = length if kv.window is None else min(length, kv.window + spare)

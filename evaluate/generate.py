@@ -49,7 +49,7 @@ def generate(
     follows go into a cache of `length`. The draw for prompt i depends on `seed` and i alone.
 
     Raises:
-      InputError: no room for a prompt, or an empty one.
+      InputError: no room for a prompt, an empty one, or an id that the model has no row for.
     """
     room = length - steps
     if room < 1:
@@ -57,8 +57,14 @@ def generate(
     if not prompts:
         return []
     records = []
+    vocab = getattr(trained.model, "vocab", None)
     for number, prompt in enumerate(prompts):
         ids = np.asarray(prompt, np.int32)[-room:]
+        if vocab is not None and (ids >= vocab).any():
+            raise InputError(
+                f"prompt {number} has id {ids.max()}, beyond model.vocab={vocab}; take the "
+                "tokenizer that the model was made for"
+            )
         if not len(ids):
             raise InputError(
                 f"prompt {number} has no token; begin it with the tokenizer's begin"

@@ -45,6 +45,12 @@ class Harness:
         super().__init__()
         self.trained, self.tokenizer = trained, tokenizer
         self.length, self.chunk = length, chunk
+        vocab = getattr(trained.model, "vocab", tokenizer.vocab)
+        if tokenizer.vocab > vocab:
+            raise InputError(
+                f"the tokenizer has ids up to {tokenizer.vocab - 1}, but model.vocab={vocab}; "
+                "take the tokenizer that the model was made for"
+            )
         marks = [i for i in (tokenizer.begin, tokenizer.end) if i is not None]
         if not marks:
             raise InputError("the tokenizer has neither begin nor end to stand before a text")

@@ -84,6 +84,8 @@ def test_what_is_generated_is_the_first_choice_each_time():
     assert generate(trained(), [], length=12, steps=4) == []
     with pytest.raises(InputError, match="prompt 1 has no token"):
         generate(trained(), [[1], []], length=12, steps=4)
+    with pytest.raises(InputError, match=r"prompt 1 has id 258, beyond model\.vocab=258; take"):
+        generate(trained(), [[257], [1, 258]], length=12, steps=4)
     with pytest.raises(InputError, match="steps=12 leave no room for a prompt in length=12"):
         generate(trained(), prompts, length=12, steps=12)
 
@@ -184,6 +186,9 @@ def test_the_harness_is_answered():
     assert short == pytest.approx(-nats([256, *b"hello"])[0], rel=1e-5)
     assert long < 0
 
+    small = dataclasses.replace(trained(), model=MODEL.clone(vocab=257))
+    with pytest.raises(InputError, match=r"has ids up to 257, but model\.vocab=257; take"):
+        Harness(small, Bytes(), 24)
     with pytest.raises(InputError, match="'' adds no token to its context"):
         judge.loglikelihood([("a", "")])
 

@@ -6,7 +6,7 @@ import pytest
 
 from jaxformer.convert.rotary import length_of, rotary_of, told_length, told_of
 from jaxformer.errors import InputError
-from jaxformer.ops.rotary_scaling import Llama3, Rotary, YaRN
+from jaxformer.ops.rotary_scaling import NTK, DynamicNTK, Llama3, Rotary, YaRN
 from tests.convert.record_rotary import FILE, HEAD_DIM, LENGTH, config_of
 
 CASES = json.loads(FILE.read_text())
@@ -25,6 +25,27 @@ def test_angles_are_transformers(case):
     assert rotary.factor_of_logits == pytest.approx(case["factor"], rel=1e-9)
     cosines = np.cos(found) * rotary.factor_of_logits
     np.testing.assert_allclose(cosines, case["cosines"], atol=3e-4)
+
+
+@pytest.mark.parametrize("times", [1, 2, 8])
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+def test_ntk_is_as_its_author_wrote_it(factor, times):
+    """bloc97's lines, in float64; transformers has the dynamic law alone."""
+    base = 1e4 * factor ** (HEAD_DIM / (HEAD_DIM - 2))
+    frequencies = 1 / base ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    positions = jnp.arange(times * LENGTH)
+    found = np.asarray(Rotary(1e4, NTK(factor)).angles(positions, HEAD_DIM))
+    np.testing.assert_allclose(found[-1], frequencies * (len(positions) - 1), rtol=5e-7)
+    ratio = found[-1] / np.asarray(Rotary(1e4).angles(positions, HEAD_DIM))[-1]
+    np.testing.assert_allclose(ratio[[0, -1]], [1, 1 / factor], rtol=1e-6)
+
+
+@pytest.mark.parametrize("times", [1, 2, 8])
+def test_the_dynamic_law_is_ntks_of_the_text_at_hand(times):
+    positions = jnp.arange(times * LENGTH)
+    found = Rotary(1e4, DynamicNTK(3.0, LENGTH)).angles(positions, HEAD_DIM)
+    expected = Rotary(1e4, NTK(3.0 * times - 2)).angles(positions, HEAD_DIM)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case["law"]["rope_type"])

@@ -62,6 +62,19 @@ def test_attention_equals_its_equations(options, key):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_few_key_heads_are_many_that_are_alike(key):
+    """And as many as there are heads of queries are what no number says."""
+    x = jax.random.normal(key, (2, 6, 10))
+    few = Attention(4, 8, 2, **F32)
+    p = randomized(few.init(key, x), key)
+    many = p | {n: {"kernel": jnp.repeat(p[n]["kernel"], 2, 1)} for n in ("key", "value")}
+    found = few.apply({"params": p}, x, mask=Causal())
+    for heads in (4, None):
+        layer = Attention(4, 8, heads, **F32)
+        expected = layer.apply({"params": many}, x, mask=Causal())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_causal_mask_hides_the_future(key):
     x = jax.random.normal(key, (1, 6, 32))
     layer = Attention(4, 8, **F32)

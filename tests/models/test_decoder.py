@@ -138,3 +138,5 @@ def test_longer_texts_than_the_model_are_refused():
     model, _, params, _ = case("llama")
     with pytest.raises(ValueError, match=r"17 tokens are more than the model's length=16"):
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match=r"scale its rotary positions .* and set length"):
+        empty(model, {"params": params}, 1, 17)  # Nor is there a cache for them.

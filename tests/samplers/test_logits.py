@@ -34,6 +34,12 @@ def test_a_law_leaves_what_it_says(name):
     np.testing.assert_allclose(found[1], np.roll(expected, 1), atol=1e-6)
 
 
+def test_what_meets_the_sum_ends_it():
+    """In float32 the first two have all of it, so that no third is needed."""
+    found = laws.top_p(jnp.array([0.0, 1.0, -200.0]), 1.0)
+    assert found.tolist() == [0.0, 1.0, -jnp.inf]
+
+
 def test_what_was_seen_is_less_probable():
     seen = jnp.array([True, True, False])
     found = Law(repetition=2.0).logits(jnp.array([1.0, -1.0, 1.0]), seen)

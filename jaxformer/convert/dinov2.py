@@ -1,6 +1,7 @@
 """DINOv2 of transformers, with and without registers, alone and as a classifier."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxformer.convert.config import (
     pair,
 )
 from jaxformer.convert.engine import Entry, Family
+from jaxformer.convert.files import Stored, join
 from jaxformer.errors import InputError
 from jaxformer.layers.embed import GridPosition
 from jaxformer.models.dino import Size, dinov2
@@ -34,6 +36,7 @@ _MEMORY = (
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
     (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
 )
 REGISTERS = "dinov2_with_registers"
 
@@ -41,6 +44,16 @@ REGISTERS = "dinov2_with_registers"
 def swiglu_width(width: int, ratio: int) -> int:
     """Of SwiGLU: two thirds of what an MLP would have, up to a multiple of 8."""
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8
+
+
+def _joined(config: Mapping[str, Any], tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """SwiGLU's gate and up, which transformers 5 has apart in memory, as one."""
+    found = dict(tensors)
+    for name in tensors:
+        up, whole = (name.replace(".gate_proj.", f".{n}.") for n in ("up_proj", "weights_in"))
+        if ".mlp.gate_proj." in name and up in tensors:
+            found[whole] = join(found.pop(name), found.pop(up))
+    return found
 
 
 def _model(kind: str, config: dict[str, Any], names: set[str], dtype: Any) -> Encoder:
@@ -166,6 +179,7 @@ def _family(kind: str) -> Family:
         entries=functools.partial(_entries, kind),
         inputs=_inputs,
         rename=(*_MEMORY, (rf"^(?!{kind}\.|classifier)", f"{kind}.")),
+        unpack=_joined,
         spell=functools.partial(_spell, kind),
     )
 

@@ -69,6 +69,31 @@ class Stored:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined(Stored):
+    """Several tensors one after the other, along their first axis, as one of another layout."""
+
+    parts: tuple[Stored, ...] = ()
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """The whole, or `rows` of its first axis, of those parts alone that hold them."""
+        first, last, _ = (slice(None) if rows is None else rows).indices(self.shape[0])
+        found, start = [], 0
+        for part in self.parts:
+            low, high = (min(max(n - start, 0), part.shape[0]) for n in (first, last))
+            if low < high:
+                found.append(part.read(slice(low, high)))
+            start += part.shape[0]
+        return np.concatenate(found)
+
+
+def join(*parts: Stored) -> Joined:
+    """Tensors as one: those of a type, whose shapes differ in the first axis at most."""
+    one = parts[0]
+    shape = (sum(part.shape[0] for part in parts), *one.shape[1:])
+    return Joined(one.path, shape, one.dtype, one.start, parts)
+
+
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
     """`config.json` of a directory.
 

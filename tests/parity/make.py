@@ -2,7 +2,8 @@
 
 Needs the extra `parity`. `--check` runs each original from its recorded files and compares
 its answers with what is recorded; then it runs the original from what our `save` wrote of
-our parameters, and compares again.
+our parameters, and compares again. Of an encoder of images it writes the tensors under the
+names that they have in memory too, and we have to read the same from those.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import jax
 import numpy as np
 import safetensors.torch
 import torch
@@ -26,6 +28,9 @@ from tests.parity.case import TOLERANCE, Case, distance, weights
 from tests.parity.cases import CASES
 
 LIMIT = 400_000  # bytes of one case.
+# Encoders of transformers whose names in memory, where they are others, we read too.
+IN_MEMORY = {"vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae", "swin"}
+IN_MEMORY |= {"clip", "siglip", "siglip2", "vivit", "videomae"}
 
 
 def record(case: Case) -> None:
@@ -90,7 +95,7 @@ def check(case: Case) -> bool:
     inputs, recorded = case.answers()
     tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
     model, params = convert.load(case.directory)
-    worst = {}
+    worst, in_memory = {}, True
     with tempfile.TemporaryDirectory() as ours, torch.no_grad():
         convert.save(ours, model, params)
         for name, directory in (
@@ -102,8 +107,18 @@ def check(case: Case) -> bool:
             found = case.theirs(module.eval(), tensors)
             found = {k: v.detach().numpy() for k, v in found.items()}
             worst[name] = float("inf") if wrong else distance(found, recorded)
-    fine = max(worst.values()) < TOLERANCE / 10
-    print(f"{case.name}: {'equal' if fine else 'DIFFERENT'} {worst}")
+        if kind.__module__.split(".")[2] in IN_MEMORY:
+            path = pathlib.Path(ours) / "model.safetensors"
+            safetensors.torch.save_file(
+                {name: x.contiguous() for name, x in module.state_dict().items()}, path
+            )
+            again, same = convert.load(ours)
+            equal = jax.tree.map(np.array_equal, params, same)
+            in_memory = again == model and all(jax.tree.leaves(equal))
+    # The original differs from itself by 2e-6 on another kind of processor.
+    fine = max(worst.values()) < TOLERANCE / 2 and in_memory
+    told = "" if in_memory else " names in memory are read otherwise"
+    print(f"{case.name}: {'equal' if fine else 'DIFFERENT'} {worst}{told}")
     return fine
 
 

@@ -314,3 +314,25 @@ class ViViT(Numbers):
             return Block(Attention(N, D // N, **same), mlp, parent=None)
         space, time = (kind(N, D // N, **same) for kind in (SpaceAttention, TimeAttention))
         return SpaceTimeBlock(space, time, mlp, parent=None)
+
+
+def flops(model: ViViT, shape: tuple[int, int, int, int] = (32, 224, 224, 3)) -> int:
+    """Floating-point operations of one video forward, as `models.vit.flops` counts them."""
+    F, Y, X, C = shape
+    f, s, D = F // model.tubelet, (Y // model.patch) * (X // model.patch), model.width
+    cls, tubelet = int(model.pool == "cls"), model.tubelet * model.patch**2 * C
+
+    def attention(rows: int, tokens: int) -> int:
+        return rows * (4 * tokens * D * D + 2 * tokens**2 * D)
+
+    def mlp(tokens: int) -> int:
+        return 2 * tokens * D * model.mlp_dim
+
+    if model.attention == "joint":
+        blocks = model.depth * (attention(1, f * s + cls) + mlp(f * s + cls))
+    elif model.attention == "encoders":
+        blocks = model.depth * (attention(f, s + cls) + mlp(f * (s + cls)))
+        blocks += model.time_depth * (attention(1, f + cls) + mlp(f + cls))
+    else:
+        blocks = model.depth * (attention(f, s) + attention(s, f) + mlp(f * s))
+    return 2 * (f * s * tubelet * D + blocks + D * model.num_classes)

@@ -10,7 +10,7 @@ import pytest
 from jaxformer import convert
 from jaxformer.errors import InputError
 from jaxformer.layers.attention import Attention
-from jaxformer.models.video import SIZES, TimeAttention, ViViT, named
+from jaxformer.models.video import SIZES, TimeAttention, ViViT, flops, named
 from jaxformer.ops.patches import sincos_1d, tubelets
 
 # Of 32 frames of 224 pixels and 400 classes. Those of B are the paper's, table 2, in 10^6:
@@ -77,6 +77,16 @@ def test_parameter_counts(name):
     model, frames = named(name.split()[0], **fields), jnp.zeros((1, 32, 224, 224, 3))
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), frames))
     assert sum(p.size for p in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_are_what_xla_counts(name):
+    model = ViViT(**{**TINY, "width": 48, "mlp_dim": 192, "depth": 1, **VARIANTS[name]})
+    model = dataclasses.replace(model, time_depth=1)
+    frames = jax.ShapeDtypeStruct((1, 8, 16, 24, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), frames)
+    counted = jax.jit(model.apply).lower(params, frames).cost_analysis()["flops"]
+    assert 0.8 < flops(model, (8, 16, 24, 3)) / counted < 1.0
 
 
 def test_no_named_size_is_untested():

@@ -30,7 +30,7 @@ from jaxformer.ops.patches import patchify, unpatchify
 
 @dataclass(frozen=True)
 class Attention:
-    """Where a vision transformer looks in `count` images of `test`, evenly taken.
+    """Where a vision transformer looks in `count` images of `test`, the same at each call.
 
     Of layer `layer`, see `attention_picture` for `query`: 0 is the class token, which a model
     that takes the mean of its patches has not; None is the mean of all.
@@ -56,7 +56,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a masked autoencoder makes of `count` images of `test`, evenly taken.
+    """What a masked autoencoder makes of `count` images of `test`, the same at each call.
 
     Which patches are hidden is drawn from `seed`. Where it says pixels by the mean and the
     deviation of their patch, these are the image's own, as He et al. 2022 (MAE) draw them.
@@ -86,7 +86,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class _Some:
-    """`count` records of a source, from its first on, evenly; each knows its number."""
+    """`count` records of a source, drawn the same each time; each knows its number here."""
 
     source: Any
     count: int
@@ -95,8 +95,8 @@ class _Some:
         return min(self.count, len(self.source))
 
     def __getitem__(self, index: int) -> Record:
-        record = self.source[index * len(self.source) // len(self)]
-        return record | {"number": np.int32(index)}
+        places = np.random.default_rng(0).permutation(len(self.source))
+        return self.source[int(places[index])] | {"number": np.int32(index)}
 
 
 def _some(pipeline: Pipeline, count: int) -> Pipeline:

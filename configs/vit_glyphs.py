@@ -4,7 +4,8 @@ Data: Latin, Greek and Cyrillic letters, signs and boxes of the fonts that matpl
 24 x 24 pixels, drawn on the fly; twelve DejaVu fonts to train on, four STIX fonts (another
 design) held out. No download.
 Model: a ViT (arXiv 2010.11929) with rotary positions, trained with Muon (arXiv 2502.16982).
-Expected: about 80 % top-1 (36 % by nearest neighbours on pixels); see the README. Command:
+Expected: 77.6 % top-1 after 1,000 steps, 80.0 % after 750 (36 % by nearest neighbours on
+pixels): docs/vit.md. Command:
     python -m train configs/vit_glyphs.py
 """
 
@@ -20,7 +21,7 @@ from jaxformer.optim import Cosine, Muon, NewtonSchulz
 
 
 def experiment() -> Experiment:
-    """Eight CPU minutes; every number of it can be overridden."""
+    """Nine CPU minutes; every number of it can be overridden."""
     normalize = Normalize(mean=0.126, std=0.296)
     test = Pipeline(Glyphs("test"), (normalize,))
     return Experiment(

@@ -79,7 +79,7 @@ def test_parameter_counts(name):
     assert sum(p.size for p in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["joint cls", "encoders cls", "blocks"])
 def test_flops_are_what_xla_counts(name):
     model = ViViT(**{**TINY, "width": 48, "mlp_dim": 192, "depth": 1, **VARIANTS[name]})
     model = dataclasses.replace(model, time_depth=1)

@@ -23,7 +23,7 @@ from evaluate.run import Trained
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Record
 from jaxformer.errors import InputError
-from jaxformer.models.vit import attention_map
+from jaxformer.models.vit import Encoder, attention_map
 from jaxformer.objectives.reconstruct import drawn
 from jaxformer.ops.patches import patchify, unpatchify
 
@@ -50,7 +50,8 @@ class Attention:
             return batch["image"], maps
 
         images, weights = trained.collect(look, _some(self.test, self.count))
-        grid = images.shape[1] // model.patch, images.shape[2] // model.patch
+        patch = model.embed.patch if isinstance(model, Encoder) else model.patch
+        grid = images.shape[1] // patch, images.shape[2] // patch
         return attention_picture(images, weights, path, query=self.query, grid=grid)
 
 

@@ -17,7 +17,7 @@ NAMES = {
     "dit": "DiT on latents, training and sampling, beside diffusers'",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
     "unmask": "text by unmasking beside text by the token: speed and quality",
-    "vit": "one ViT training step beside torch's",
+    "vit": "ViTs from Ti to L, training and inference, beside torch's",
 }
 
 

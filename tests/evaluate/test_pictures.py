@@ -120,12 +120,13 @@ def test_a_run_draws_where_its_model_looks(tmp_path, monkeypatch, key):
     )
     picture = Attention(RECORDS, count=3, layer=0)
     assert isinstance(picture, Picture)
-    assert picture.picture(trained(model, params), tmp_path / "a") == tmp_path / "a"
-    shown, maps = seen["arrays"]
-    np.testing.assert_array_equal(shown, given)
     expected = attention_map(model, {"params": params}, given, layer=0)
-    np.testing.assert_allclose(maps, expected, atol=1e-6)
-    assert seen["grid"] == (3, 2) and seen["query"] is None
+    for one in (model, model.parts()):
+        assert picture.picture(trained(one, params), tmp_path / "a") == tmp_path / "a"
+        shown, maps = seen["arrays"]
+        np.testing.assert_array_equal(shown, given)
+        np.testing.assert_allclose(maps, expected, atol=1e-6)
+        assert seen["grid"] == (3, 2) and seen["query"] is None
 
 
 class Memory(nn.Module):

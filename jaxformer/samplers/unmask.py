@@ -199,8 +199,8 @@ def sample(
       most: of steps, after which what is masked stays; no bound if not given.
 
     Raises:
-      InputError: blocks that do not divide T; a penalty; tokens without a mask, where they
-        are at hand.
+      InputError: blocks that do not divide T; a penalty; a mask that is no token of the
+        model; tokens without a mask, where they are at hand.
     """
     B, T = tokens.shape
     size = T if block is None else block
@@ -270,7 +270,12 @@ def revealer(show: Show, law: Law, mask_id: int, length: int) -> Callable[..., A
             jax.random.split(k, length)[at]
             for k in jax.random.split(jax.random.fold_in(key, step), 3)[:2]
         )
-        ids = jnp.arange(logits.shape[-1])[None]
+        V = logits.shape[-1]
+        if not 0 <= mask_id < V:
+            raise InputError(
+                f"mask_id={mask_id} is no token of the model, whose ids end at {V - 1}"
+            )
+        ids = jnp.arange(V)[None]
         logits = jnp.where(ids == mask_id, -jnp.inf, logits.astype(jnp.float32))
         token = law.draw(draws, logits)
         chance = jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], 1)[:, 0]

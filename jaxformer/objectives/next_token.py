@@ -71,7 +71,7 @@ class NextToken:
         if self.z_loss:
             found["z_loss"] = self.z_loss * (lse**2 * weight).sum() / total
             loss += found["z_loss"]
-        for name, value in _sown(left.get("losses", {})).items():
+        for name, value in sown(left.get("losses", {})).items():
             found[name] = value
             loss += value
         return loss, found
@@ -187,7 +187,7 @@ def count(
     return found
 
 
-def _sown(tree: Any) -> dict[str, Array]:
+def sown(tree: Any) -> dict[str, Array]:
     """What layers left in a collection: sums over all layers, by the names they gave."""
     found: dict[str, Array] = {}
     for path, value in jax.tree_util.tree_leaves_with_path(tree):

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import metrics
 from jaxformer.errors import InputError
-from jaxformer.objectives.next_token import scores
+from jaxformer.objectives.next_token import scores, sown
 from jaxformer.objectives.schedules import Clipped, Linear, Schedule
 from jaxformer.objectives.times import times
 from jaxformer.ops import intervals
@@ -268,13 +268,16 @@ class Unmask:
     def loss(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The bound, nats a token that may be masked; see `NextToken.loss` for the args."""
+        """The bound, nats a token that may be masked; see `NextToken.loss` for the args.
+
+        What layers sow into the collection "losses" is added, as it is by `NextToken`.
+        """
         drawn, key = jax.random.split(key)
         hidden = self._hidden(batch)
         draw = "count" if self.block == 1 else self.draw
         noisy = self._noisy(batch["tokens"], drawn, hidden, draw, batch.get("times"))
-        options = {"train": True, "rngs": {"dropout": key}}
-        each, right = self._guess(apply, params, batch, noisy, options)
+        options = {"train": True, "rngs": {"dropout": key}, "mutable": ["losses"]}
+        each, right, left = self._guess(apply, params, batch, noisy, options)
         hits = noisy.weight > 0
         total = jnp.maximum(hidden.sum(), 1)
         masked = jnp.maximum(hits.sum(), 1)
@@ -282,7 +285,9 @@ class Unmask:
             "masked_nats": jnp.where(hits, each, 0).sum() / masked,
             "accuracy": (hits & right).sum() / masked,
         }
-        return jnp.where(hits, each * noisy.weight, 0).sum() / total, found
+        bound = jnp.where(hits, each * noisy.weight, 0).sum() / total
+        added = sown(left.get("losses", {}))
+        return bound + sum(added.values()), found | added
 
     def measure(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array
@@ -298,7 +303,8 @@ class Unmask:
         for i in range(self.samples):
             key_of = jax.random.fold_in(key, i)
             noisy = self._noisy(batch["tokens"], key_of, hidden, "count")
-            each, _ = self._guess(apply, params, batch, noisy, {})
+            options = {"mutable": ["losses"]}
+            each, *_ = self._guess(apply, params, batch, noisy, options)
             drawn.append(jnp.where(noisy.weight > 0, each * noisy.weight, 0).sum(1))
         rows = jnp.stack(drawn)
         total = rows.mean(0).sum()
@@ -351,7 +357,7 @@ class Unmask:
             share = jnp.concatenate([noisy.share, jnp.zeros_like(noisy.share)], 1)
         if self.timed:
             given["share"] = share
-        x = apply({"params": params}, rows, method="hidden", **given)
+        x, left = apply({"params": params}, rows, method="hidden", **given)
         T = tokens.shape[1]
         if self.shift:
             before = jnp.roll(x[:, :T], 1, axis=1)  # No first token is asked for.
@@ -362,7 +368,7 @@ class Unmask:
         each, _, right = scores(
             apply, params, x[:, :T], tokens, self.chunk, without=self.mask_id
         )
-        return each, right
+        return each, right, left
 
 
 def learned(batch: dict[str, Array]) -> Bool[Array, "B T"]:

@@ -3,6 +3,7 @@ import itertools
 import math
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
+from jaxformer.layers.moe import Experts
 from jaxformer.models.decoder import Decoder
 from jaxformer.objectives.schedules import Clipped, Cosine, Linear, LogLinear, Polynomial
 from jaxformer.objectives.times import times
@@ -323,14 +325,36 @@ def test_prompts_and_padding_are_never_masked():
 
 
 def test_the_clipped_schedule_of_least_variance_is_found():
-    tokens = jnp.zeros((256, 16), jnp.int32)
+    """Of a model that knows what stands beside much that is seen, and else next to nothing."""
+    tokens, key = jnp.zeros((256, 16), jnp.int32), jax.random.key(0)
 
-    def guess(noisy, tokens):  # What is little masked is known; much is not.
+    def guess(noisy, tokens):
         share = (noisy == 9).mean(1, keepdims=True)
-        return jnp.broadcast_to(share * 3, noisy.shape)
+        return jnp.broadcast_to(jnp.where(share > 0.5, 3.0, 0.5), noisy.shape)
 
-    found = least_variance(guess, tokens, jax.random.key(0), mask_id=9)
-    assert isinstance(found, Clipped) and found.high - found.low >= 0.45
+    def variance(low, high):
+        noisy = by_time(tokens, key, mask_id=9, schedule=Clipped(max(low, 1e-3), high))
+        return float((guess(noisy.tokens, tokens) * noisy.weight).mean(1).var())
+
+    found = least_variance(guess, tokens, key, mask_id=9, step=0.25)
+    ends = [0.0, 0.25, 0.5, 0.75, 1.0]
+    pairs = [(a, b) for a in ends for b in ends if b - a >= 0.5]
+    assert (found.low, found.high) == min(pairs, key=lambda pair: variance(*pair)) == (0.5, 1)
+    assert variance(0.5, 1.0) < variance(0.0, 1.0) / 2
+
+
+def test_experts_are_balanced_as_they_are_for_the_next_token():
+    """Each router's loss, of two layers, is in the loss and told beside it."""
+    tokens, _ = case()
+    losses = []
+    for balance in (0.0, 0.5):
+        model = MODEL.clone(experts=Experts(3, 2, balance=balance))
+        params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+        run = jax.jit(functools.partial(Unmask(11, chunk=None).loss, model.apply))
+        losses.append(run(nn.unbox(params), {"tokens": tokens}, jax.random.key(0)))
+    (plain, _), (found, told) = losses
+    assert 0.5 * 2 <= told["balance"] < 0.5 * 2 * 3  # 1 a layer where all are alike.
+    chex.assert_trees_all_close(found - plain, told["balance"], rtol=1e-4)
 
 
 class Text:

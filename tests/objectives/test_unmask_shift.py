@@ -26,7 +26,8 @@ def guess(objective, params, tokens, noisy):
 
     @jax.jit
     def run(tokens, noisy):
-        return objective._guess(MODEL.apply, params, {"tokens": tokens}, noisy, {})[0]
+        how = {"mutable": ["losses"]}
+        return objective._guess(MODEL.apply, params, {"tokens": tokens}, noisy, how)[0]
 
     return run(tokens, noisy)
 

@@ -21,7 +21,7 @@ class Clock:
 
     def __init__(self, lost: float = 0.0):
         self.spent = {"lost": lost} if lost else {}
-        self.mark = time.monotonic() - lost
+        self.mark, self.worked = time.monotonic() - lost, time.process_time()
 
     @contextlib.contextmanager
     def doing(self, kind: str) -> Iterator[None]:
@@ -33,11 +33,14 @@ class Clock:
             self.spent[kind] = self.spent.get(kind, 0.0) + time.monotonic() - begun
 
     def take(self) -> dict[str, float]:
-        """The entries of a row of the log, `seconds/all` among them; counts anew from here."""
-        now = time.monotonic()
+        """The entries of a row of the log; counts anew from here.
+
+        Among them `seconds/all`, and `seconds/cpu`, those of all cores for this process.
+        """
+        now, worked = time.monotonic(), time.process_time()
         row = {f"seconds/{kind}": seconds for kind, seconds in self.spent.items()}
-        row["seconds/all"] = now - self.mark
-        self.spent, self.mark = {}, now
+        row |= {"seconds/all": now - self.mark, "seconds/cpu": worked - self.worked}
+        self.spent, self.mark, self.worked = {}, now, worked
         return row
 
 

@@ -7,9 +7,11 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxformer import checkpoint, metrics, sharding
@@ -41,13 +43,18 @@ def evaluate(
 
 def batches(pipeline: Pipeline, batch_size: int, ways: int) -> Iterable[dict]:
     """This process's batches of every record once, of a size that splits `ways` ways."""
-    size = math.ceil(batch_size / math.lcm(ways, jax.process_count()))
     return eval_batches(
         pipeline,
-        batch_size=size * math.lcm(ways, jax.process_count()),
+        batch_size=rows(batch_size, ways),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def rows(batch_size: int, ways: int) -> int:
+    """Of a batch of all processes: `batch_size`, or the next that splits `ways` ways."""
+    unit = math.lcm(ways, jax.process_count())
+    return math.ceil(batch_size / unit) * unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +257,29 @@ def check(experiment: Experiment) -> None:
         getattr(task, "check", lambda: None)()
     for pipeline in _pipelines(experiment):
         next(iter(batches(pipeline, 1, 1)))
+
+
+def check_inputs(experiment: Experiment, made: Setup) -> None:
+    """Raises InputError where the model does not take what an eval has; computes nothing."""
+    size = rows(experiment.eval_batch_size, made.batch_ways)
+    measure = functools.partial(experiment.objective.measure, experiment.model.apply)
+    for name, pipeline in experiment.evals.items():
+        batch = {
+            key: jax.ShapeDtypeStruct((size, *x.shape[1:]), canonicalize_dtype(x.dtype))
+            for key, x in next(iter(batches(pipeline, 1, 1))).items()
+        }
+        try:
+            with sharding.use(made.mesh, made.rules):
+                jax.eval_shape(measure, made.state.params, batch, jax.random.key(0))
+        except (ValueError, TypeError, flax.errors.FlaxError) as error:
+            own = (batch[key] for key in experiment.objective.inputs)
+            found, learned = (
+                ", ".join(str(tuple(x.shape)) for x in some) for some in (own, made.inputs)
+            )
+            raise InputError(
+                f"evals.{name}: the model, which learns from inputs of {learned}, does not "
+                f"take {found}: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def scalars(found: metrics.Metrics) -> dict[str, float]:

@@ -126,6 +126,7 @@ def prepare(experiment: Experiment, devices=None) -> Setup:
     evaluation.check(experiment)
     made = setup(experiment, _inputs(experiment), devices)
     check_batch(experiment, made)
+    evaluation.check_inputs(experiment, made)
     hosts.check_rows(made.batch, experiment.batch_size)
     return made
 

@@ -103,6 +103,30 @@ BAD = {
 }
 
 
+RGB = """
+from configs.vit_digits import experiment as digits
+import dataclasses
+import numpy as np
+from jaxformer.data.loader import Pipeline
+from jaxformer.data.sources import Digits
+
+def rgb(record):
+    return record | {"image": np.repeat(record["image"], 3, -1)}
+
+def experiment():
+    return dataclasses.replace(digits(), evals={"rgb": Pipeline(Digits("test"), (rgb,))})
+"""
+
+
+def test_an_eval_of_other_channels_is_told_before_anything_runs(tmp_path, capsys):
+    config, workdir = tmp_path / "config.py", tmp_path / "run"
+    config.write_text(RGB)
+    assert train.__main__.main([str(config), "--workdir", str(workdir)]) == 2
+    said = capsys.readouterr().err
+    assert "evals.rgb: the model, which learns from inputs of (128, 8, 8, 1), does not" in said
+    assert "(256, 8, 8, 3)" in said and said.count("\n") == 1 and not workdir.exists()
+
+
 def test_explain_prints_where_each_parameter_lies(capsys):
     argv = [CONFIG, *TINY, "--explain", "--mesh", "fsdp=4,tensor=2"]
     assert train.__main__.main(argv) == 0

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,9 +132,12 @@ class Infill:
         return [np.asarray(ids[: h.stop - h.start], np.int32) for h, ids in pairs]
 
     def run(self, trained: Trained) -> metrics.Metrics:
+        return self.judge(self.fill(trained))
+
+    def judge(self, filled: Sequence[tuple[Hole, np.ndarray]]) -> metrics.Metrics:
+        """What holes filled with these ids are worth."""
         exact = parse = 0
         similar = 0.0
-        filled = self.fill(trained)
         for hole, ids in filled:
             text, told = self._text(hole, ids), self.tokenizer.decode(ids)
             true = self.tokenizer.decode(hole.ids[hole.start : hole.stop])

@@ -16,6 +16,7 @@ NAMES = {
     "decoder": "training, prefill and decoding of a language model beside torch's",
     "dit": "DiT on latents, training and sampling, beside diffusers'",
     "digits": "AdamW and Muon side by side on the main job, three seeds",
+    "infill": "holes filled by unmasking beside text by the token: speed and quality",
     "stdlib": "AdamW and Muon side by side on the decoder's job, by CPU seconds",
     "unmask": "text by unmasking beside text by the token: speed and quality",
     "vit": "ViTs from Ti to L, training and inference, beside torch's",

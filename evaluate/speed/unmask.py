@@ -11,7 +11,6 @@ of completions that parse, cut to whole lines, and whose first line is the file'
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evaluate.completions import function, opening, parses
+from evaluate.infill import Infill
 from evaluate.run import restored
+from evaluate.speed.vit import CLOCKS
 from jaxformer.experiment import load
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
@@ -48,7 +49,7 @@ class Side(NamedTuple):
 
     model: Any
     params: Any
-    shift: bool
+    infill: Infill
     tokenizer: Any
     documents: Any
 
@@ -58,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="rows, default 4")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt, default 128")
     parser.add_argument("--steps", type=int, help="tokens filled, default 64")
+    parser.add_argument("--clock", choices=CLOCKS, help="default: wall")
     for name, config in CONFIGS.items():
         parser.add_argument(f"--{name}", help=f"the directory of a run of {config}")
 
@@ -67,6 +69,7 @@ def run(
     batch: int = 4,
     prompt: int = 128,
     steps: int = 64,
+    clock: str = "wall",
     **runs: str,
 ) -> dict:
     """Times everything; prints and returns a row a side."""
@@ -86,10 +89,10 @@ def run(
         tokens = jnp.asarray([p.ids for p in some])
         keys = jax.random.split(jax.random.key(number + 1), batch)
         for name, once in sides.items():
-            start = time.perf_counter()
+            start = CLOCKS[clock]()
             found, count = jax.block_until_ready(once(tokens, keys))
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(CLOCKS[clock]() - start)
                 calls[name].append(int(count))
                 pairs = zip(some, np.asarray(found).tolist(), strict=True)
                 right[name] += [judged(p, tokenizer.decode(ids)) for p, ids in pairs]
@@ -112,7 +115,8 @@ def run(
         print(f"{name:<34}", "  ".join(shown))
     sizes = {"batch": batch, "prompt": prompt, "steps": steps, "snippets": rounds * batch}
     kinds = {name: repr(models[name].model) for name in CONFIGS}
-    return {"rounds": rounds, **sizes, "trained": sorted(runs), "models": kinds, "rows": rows}
+    found = {"rounds": rounds, **sizes, "clock": clock, "trained": sorted(runs)}
+    return found | {"models": kinds, "rows": rows}
 
 
 def trained(config: str, directory: str | None) -> Side:
@@ -124,9 +128,9 @@ def trained(config: str, directory: str | None) -> Side:
     else:
         params = restored(experiment, directory)[2]
     source: Any = experiment.evals["test"].source
-    infill: Any = experiment.tasks["infill"]
-    tokens = source.tokens
-    return Side(experiment.model, params, infill.shift, tokens.tokenizer, tokens.source)
+    task, tokens = experiment.tasks["infill"], source.tokens
+    assert isinstance(task, Infill)
+    return Side(experiment.model, params, task, tokens.tokenizer, tokens.source)
 
 
 def held_out(tokenizer, documents, length: int) -> list[Prompt]:
@@ -174,7 +178,7 @@ def filled(show, sampler, block: int, size: int | None = None, **options) -> Mak
     """Unmasking: by no cache, or a sampler of `samplers.blocks`; `size` is the model's."""
 
     def make(side: Side, steps: int) -> Callable[..., Any]:
-        model, shift = side.model, side.shift
+        model, shift = side.model, side.infill.shift
         mask_id = model.vocab - 1
 
         @jax.jit

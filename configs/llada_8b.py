@@ -7,9 +7,10 @@ tokens, 1,280 a step, AdamW with decay 0.1, 2,000 steps of warm-up to 4e-4, held
 the run; here it then falls in one line to 1e-5, where LLaDA's falls in two.
 Parameters and optimizer lie over all chips by `fsdp`.
 Expected: not run here. LLaDA's 2.3 trillion tokens are 1.2e23 operations, 30 days of 256 TPU
-v5p at 40 % of their 459 Tflop/s. Command:
-    python -m train configs/llada_8b.py --mesh fsdp=256
-    python -m evaluate configs/llada_8b.py --checkpoint runs/llada_8b --mesh fsdp=256
+v5p at 40 % of their 459 Tflop/s; a plan has 53 to 57 % with model.remat=dots (docs/pods.md).
+Command:
+    python -m train configs/llada_8b.py --mesh data=4,fsdp=64 model.remat=dots
+    python -m evaluate configs/llada_8b.py --checkpoint runs/llada_8b --mesh data=4,fsdp=64
 """
 
 from evaluate.likelihood import Likelihood

@@ -2,8 +2,8 @@
 
 Paper: Zhai et al. 2023, arXiv 2303.15343; the shape of the towers is that of Alabdulmohsin
 et al. 2023, arXiv 2305.13035. 877,415,602 parameters.
-Expected: nothing of our own, as it was not run: nobody here has the images. It was not planned
-either: `python -m train.plan` says what it would cost.
+Expected: nothing of our own, as it was not run: nobody here has the images. On 256 TPU v5e a
+plan has 32 % of the peak with model.remat=full; with dots it does not fit them (docs/pods.md).
 Data: Parquet with the columns `image` (bytes) and `text` under `data/pairs/`, and the
 tokenizer of `google/siglip-so400m-patch14-224` as `data/pairs/tokenizer.json`. Command:
     python -m train configs/siglip_so400m.py --mesh data=4,fsdp=64

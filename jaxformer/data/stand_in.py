@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.data.latents import Draw, Mean
 from jaxformer.data.loader import Pipeline, train_batches
+from jaxformer.data.mixture import Mixture
 from jaxformer.data.rows import Rows, Windows
 from jaxformer.data.shards import ArrayRecord, Captions, Parquet
 from jaxformer.data.sources import ImageFolder, Record
@@ -15,6 +17,7 @@ from jaxformer.data.text import Tokenize
 from jaxformer.errors import InputError
 
 _SIDE = 256  # of the picture that stands in for a file's.
+_EIGHTH, _CHANNELS = 8, 4  # Latents of such a picture by Stable Diffusion's autoencoder.
 _FEW = 2  # records tell the shapes of any number.
 
 
@@ -48,6 +51,11 @@ def _(source) -> Record:
     return {"tokens": zeros, "segments": zeros + 1, "source": "a stand-in"} | answer
 
 
+@record.register
+def _(source: Mixture) -> Record:
+    return record(source.parts[0])
+
+
 @functools.singledispatch
 def transform(transform: Any) -> Any:
     """What stands in for a transform that reads a file; others do as they are."""
@@ -61,6 +69,14 @@ def _(transform: Tokenize):
         return rest | {"tokens": np.full(transform.length, transform.pad, np.int32)}
 
     return spell
+
+
+@transform.register(Draw)
+@transform.register(Mean)
+def _(transform):
+    channels = len(transform.scale) if isinstance(transform.scale, tuple) else _CHANNELS
+    latents = np.zeros((_SIDE // _EIGHTH, _SIDE // _EIGHTH, channels), np.float32)
+    return lambda record: record | {"image": latents}
 
 
 def shapes(pipeline: Pipeline, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

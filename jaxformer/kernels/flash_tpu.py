@@ -154,6 +154,8 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
             return Step(lanes, tile, T, S, True, spans, widen)
     tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
     lanes = Lanes.of(N, K, H, tile.lanes)
+    if backward and masked and lanes.N * H > 1024:  # Nor would two key heads of many queries.
+        lanes = Lanes.of(N, K, H, tile.lanes // 2)
     if backward and lanes.N * H > 1024 and tile.queries > 512:  # They would not fit.
         tile = dataclasses.replace(tile, queries=512, chunk=512)
     return Step(lanes, tile, T, S, masked, widen=widen)

@@ -152,13 +152,7 @@ def plan(
         if isinstance(compiled, str):
             memory = dataclasses.replace(memory, temporaries=_lacking(compiled, memory))
         else:
-            stats = compiled.memory_analysis()
-            own = stats.output_size_in_bytes - stats.alias_size_in_bytes
-            memory = dataclasses.replace(
-                memory,
-                temporaries=stats.temp_size_in_bytes + max(0, own),
-                program=stats.generated_code_size_in_bytes,
-            )
+            memory = measured(memory, compiled)
             text = compiled.as_text()
             if program is not None:
                 pathlib.Path(program).write_text(text)
@@ -206,6 +200,17 @@ def lasting(made: Setup, batch: dict[str, Any], limit: int) -> Memory:
     )
 
 
+def measured(memory: Memory, compiled: Any) -> Memory:
+    """With what the compiler allots for a program, for a TPU or for a CPU."""
+    stats = compiled.memory_analysis()
+    own = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return dataclasses.replace(
+        memory,
+        temporaries=stats.temp_size_in_bytes + max(0, own),
+        program=stats.generated_code_size_in_bytes,
+    )
+
+
 def held(tree: Any) -> int:
     """Bytes that each device holds of arrays with a place."""
     return sum(
@@ -229,6 +234,11 @@ def _compile(made: Setup, batch: dict[str, Any]) -> Any:
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            if (match := re.search(r"Used \S+ of \S+ vmem", str(error))) is not None:
+                raise InputError(
+                    f"a kernel does not fit the chip's fast memory ({match[0].lower()}); leave "
+                    "each chip fewer heads (a greater tensor), or take another chip"
+                ) from error
             if "RESOURCE_EXHAUSTED" in str(error) or "memory" in str(error):
                 return str(error)
             raise

@@ -63,7 +63,10 @@ def collective(
         "collective-permute": read,
     }[kind]
     seconds = _seconds(kind, read, sent, groups[0], mesh, chips)
-    return Collective(kind, axes_of(groups, mesh), 1, round(sent), seconds, 0.0)
+    axes = axes_of(groups, mesh)
+    if axes == ("?",) and kind == "collective-permute":  # A shift, which makes no groups.
+        axes = spanned(groups, mesh)
+    return Collective(kind, axes, 1, round(sent), seconds, 0.0)
 
 
 def merged(found: list[Collective]) -> tuple[Collective, ...]:
@@ -124,6 +127,13 @@ def axes_of(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
             if {frozenset(row.tolist()) for row in rows} == wanted:
                 return chosen
     return ("?",)
+
+
+def spanned(groups: Groups, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which members of any group differ, whole or not."""
+    places = np.array(np.unravel_index(groups, mesh.devices.shape))
+    differ = (places != places[:, :, :1]).any((1, 2))
+    return tuple(name for name, is_one in zip(mesh.axis_names, differ, strict=True) if is_one)
 
 
 def read_groups(text: str, devices: int) -> Groups:

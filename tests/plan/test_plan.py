@@ -79,6 +79,7 @@ def test_what_cannot_fit_is_not_compiled(capsys, monkeypatch):
 RECIPES = {
     "vit_s16_imagenet": {"image": (1024, 224, 224, 3), "target": (1024, 1000)},
     "siglip_b16": {"image": (16_384, 256, 256, 3), "tokens": (16_384, 64)},
+    "dit_xl2_imagenet": {"image": (256, 32, 32, 4), "label": (256,)},
     "decoder_7b": {"tokens": (1024, 4096), "segments": (1024, 4096)},
 }
 

@@ -158,6 +158,22 @@ def test_a_collective_takes_what_the_links_of_its_group_carry():
     assert reduced.bytes == 2 * 2**21 * 15 // 16, "each byte goes out twice"
 
 
+def test_a_shift_is_along_the_axes_that_it_crosses():
+    there = chips.find("v5p:4x4x4")
+    mesh = sharding.make_mesh("data=4,fsdp=16", list(there.devices))
+    for step, axes in ((5, ("data", "fsdp")), (16, ("data",))):
+        pairs = ",".join(f"{{{i},{i + step}}}" for i in range(64 - step))
+        text = (
+            "ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {\n"
+            "  %a = bf16[8,128] parameter(0)\n  ROOT %c = bf16[8,128] "
+            f"collective-permute(%a), source_target_pairs={{{pairs}}}\n}}\n"
+        )
+        program = Program(text)
+        (line,) = [i for i in program.computations["main"] if "permute" in i.opcode]
+        found = network.collective(line, "collective-permute", "main", program, mesh, there)
+        assert found.axes == axes
+
+
 def test_a_line_is_half_as_fast_as_a_ring():
     there = chips.find("v5e:4x4")  # too short to close.
     mesh = sharding.make_mesh("data=4,fsdp=4", list(there.devices))

@@ -15,8 +15,8 @@ from jaxformer.program import entry
 
 @entry
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status: 0 done or asked to end, 2 bad input, 1 diverged or
-    left by another process, 3 stuck.
+    """Trains; returns the exit status: 0 done or asked to end, 2 bad input, 1 diverged,
+    not saved or left by another process, 3 stuck.
     """
     parser = argparse.ArgumentParser(
         prog="python -m train", description="Trains the experiment of a config file."
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
     profile = _span(args.profile)
     hosts.join_by(args)
+    from train.log import Unsaved
     from train.run import PATIENCE, Diverged, prepare, train  # Not before bad input.
 
     if args.explain:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         patience = PATIENCE if args.patience is None else args.patience
         train(experiment, workdir, profile=profile, patience=patience)
-    except Diverged as error:
+    except (Diverged, Unsaved) as error:
         print(f"error: {error}", file=sys.stderr)
         return hosts.leave(1)
     except jax.errors.JaxRuntimeError as error:

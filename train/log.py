@@ -1,5 +1,6 @@
 """What a run tells: a progress bar, one JSON object a line, TensorBoard, a picture."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -32,6 +33,10 @@ PEAKS = {
     "NVIDIA B200": 2250e12,
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Unsaved(RuntimeError):
+    """A checkpoint or a row could not be written; one sentence says where and what remains."""
 
 
 class Log:
@@ -79,8 +84,9 @@ class Log:
     def __exit__(self, kind, error, trace) -> None:
         self.bar.stop()
         if self.first_process:
-            self.file.close()
-            self.board.close()
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                self.file.close()
+                self.board.close()
             picture = self.workdir / "curves.png"
             if error is None and draw(self.path, picture):
                 self.say(f"curves: {picture}")
@@ -127,8 +133,15 @@ class Log:
         if self.first_process:
             row = row | self.clock.take()
             plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            self.file.write(json.dumps({"step": step} | plain) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"step": step} | plain) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise Unsaved(
+                    f"{self.path}: step {step} could not be written down ({error.strerror}); "
+                    "make room there, and start the same command again: it goes on from the "
+                    "last checkpoint"
+                ) from error
             for name, value in row.items():
                 self.board.add_scalar(name, value, step)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -22,7 +22,7 @@ from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, check_batch, setup
 from jaxformer.steps import TrainState
-from train.log import Log
+from train.log import Log, Unsaved
 from train.watch import Preempted, Watchdog
 
 PATIENCE = 3600.0  # seconds; a first compile must fit into it.
@@ -69,6 +69,7 @@ def train(
     Raises:
       InputError: something given cannot be used.
       Diverged: a loss, gradient or parameter became NaN or infinite.
+      Unsaved: the disk is full, or gone.
     """
     if "://" in str(workdir):
         raise InputError(
@@ -92,14 +93,14 @@ def train(
             process_count=jax.process_count(),
         )
         stack.enter_context(contextlib.closing(data))  # Ends its workers.
-        state, key, start = _begin(experiment, made, folder, described, data)
+        state, key, start = begin(experiment, made, folder, described, data)
         manager = checkpoint.open_manager(
             folder,
             last=experiment.keep.last,
             best=experiment.keep.best,
             metric=experiment.keep.metric,
         )
-        stack.callback(manager.close)  # Waits for what is being written.
+        stack.push(_closing(manager, folder))
         log = stack.enter_context(
             Log(
                 workdir,
@@ -162,22 +163,63 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
                 if saves:
                     tree = {"state": state, "key": _key_data(made, run.key)}
                     with run.log.clock.doing("save"):
-                        checkpoint.save(
-                            run.manager, done, tree, run.data, run.described, scores
-                        )
+                        _save(run, done, tree, scores)
             if scores:
                 run.log.evaluation(done, scores)
                 _pictures(run, state, done)
             run.log.resume_clock()
             run.watchdog.alive(done)
         if leaves:
-            run.manager.wait_until_finished()
+            _save(run)
             run.log.say(f"asked to end: step {done} is saved; the same command goes on from it")
             return state
-    run.manager.wait_until_finished()
+    _save(run)
     if start < experiment.steps and experiment.tasks:
         run.log.evaluation(experiment.steps, _tasks(run, state))
     return state
+
+
+def _save(run: _Run, step: int | None = None, tree: Any = None, scores: Any = None) -> None:
+    """Begins to write a checkpoint, or without one waits until all are written."""
+    with _saving(run.log.workdir / "checkpoints"):
+        if step is None:
+            run.manager.wait_until_finished()
+        else:
+            checkpoint.save(run.manager, step, tree, run.data, run.described, scores)
+
+
+@contextlib.contextmanager
+def _saving(folder: pathlib.Path) -> Iterator[None]:
+    """Tells what a disk says in one sentence; it may be of the checkpoint before."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: of TensorStore.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise Unsaved(
+            f"{folder}: a checkpoint could not be written ({reason}); {_remaining(folder)}: "
+            "make room there, and start the same command again"
+        ) from error
+
+
+def _closing(manager: ocp.CheckpointManager, folder: pathlib.Path):
+    """What waits at the end for all that is being written, after whatever happened."""
+
+    def close(kind, error, trace) -> None:
+        if error is None:
+            with _saving(folder):
+                manager.close()
+        else:
+            with contextlib.suppress(Exception):  # One fault is enough to tell.
+                manager.close()
+
+    return close
+
+
+def _remaining(folder: pathlib.Path) -> str:
+    saved = checkpoint.steps(folder)
+    return f"the checkpoint of step {saved[-1]} is whole" if saved else "none was saved"
 
 
 def _tasks(run: _Run, state: TrainState) -> dict[str, float]:
@@ -208,12 +250,10 @@ def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:
 
 
 def _diverged(run: _Run, step: int, what: str) -> str:
-    run.manager.wait_until_finished()
-    saved = checkpoint.steps(run.log.workdir / "checkpoints")
-    rest = f"the checkpoint of step {saved[-1]} is whole" if saved else "none was saved"
+    _save(run)
     return (
-        f"step {step}: {what}; {rest}: lower optimizer.rate.peak, or set nonfinite=skip to "
-        "leave such steps out"
+        f"step {step}: {what}; {_remaining(run.log.workdir / 'checkpoints')}: lower "
+        "optimizer.rate.peak, or set nonfinite=skip to leave such steps out"
     )
 
 
@@ -234,8 +274,13 @@ def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:
     return scores
 
 
-def _begin(experiment, made, folder, described, data) -> tuple[TrainState, jax.Array, int]:
-    """The state, the run's key and the step of the last checkpoint, or new ones."""
+def begin(
+    experiment, made, folder, described, data, say=print
+) -> tuple[TrainState, jax.Array, int]:
+    """The state, the run's key and the step of the last checkpoint that is whole, or new ones.
+
+    Those after it are set aside, and `say` is told.
+    """
     whole = made.state.step.sharding
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(experiment.seed)
     saved = checkpoint.steps(folder)
@@ -246,7 +291,7 @@ def _begin(experiment, made, folder, described, data) -> tuple[TrainState, jax.A
         except checkpoint.Damaged as error:
             if not saved:  # To begin anew is for a person to say.
                 raise
-            print(f"warning: {error}; it is set aside, and step {saved[-1]} is taken")
+            say(f"warning: {error}; it is set aside, and step {saved[-1]} is taken")
             if jax.process_index() == 0:
                 checkpoint.set_aside(folder, step)
             hosts.meet("set aside")

@@ -1,7 +1,6 @@
 """The program whole, on a model so small that a run takes seconds."""
 
 import json
-import pathlib
 import re
 import shutil
 
@@ -16,15 +15,9 @@ from evaluate.run import batches, evaluate_checkpoint
 from jaxformer import checkpoint, convert
 from jaxformer.experiment import load
 from train import report
+from train.faults.processes import CONFIG, TINY
 from train.goodput import total
 from train.run import Diverged, train
-
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "vit_digits.py"
-TINY = (
-    "model.width=32", "model.depth=2", "model.mlp_dim=48", "batch_size=24", "steps=20",
-    "eval_every=10", "keep.every=10", "log_every=1", "eval_batch_size=100", "ema=0.9",
-    "data.batch_transforms=()", "model.pool=cls", "model.size=(8,8)", "model.channels=1",
-)  # fmt: skip
 
 
 def experiment(*overrides, one=True):

@@ -1,0 +1,54 @@
+"""Rows of the table of faults that no other file tests; `python -m train.faults` has all."""
+
+import json
+
+import pytest
+
+import train.faults.__main__ as faults
+from train.faults import damage, disk, elastic, memory, meshes
+from train.faults.row import Row, wrongs
+
+
+def test_the_table_says_what_is_not_so(monkeypatch, tmp_path, capsys):
+    good = Row("rain", "dry", wrongs(it_is_dry=True))
+    bad = Row("snow", "wet", wrongs(it_is_dry=False, it_is_warm=True))
+    monkeypatch.setattr(faults, "ROWS", {"rain": lambda _: good, "snow": lambda _: bad})
+    out = tmp_path / "faults.json"
+    assert faults.main(["--json", str(out)]) == 1
+    told = capsys.readouterr().out
+    assert "| rain | dry |" in told and "    not so: it is dry" in told
+    assert [row["wrong"] for row in json.loads(out.read_text())["rows"]] == [[], ["it is dry"]]
+    assert faults.main(["--rows", "rain"]) == 0
+    assert faults.main(["--rows", "hail"]) == 2
+    assert "there is no row 'hail'; choose from rain, snow" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_damage_is_found(tmp_path):
+    found = damage.damaged(tmp_path, flips=10)
+    assert not found.wrong, found.shown
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    found = disk.full(tmp_path)
+    assert not found.wrong, found
+
+
+@pytest.mark.slow
+def test_processes_come_and_go(tmp_path):
+    found = elastic.same_losses(tmp_path, leg=2)
+    assert not found.wrong, found.shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", meshes.FAMILIES)
+def test_losses_are_the_same_where_a_sequence_is_split_too(family):
+    found = meshes.same_losses((family,), ("fsdp=2,tensor=2,seq=2",))
+    assert not found.wrong, found.shown
+
+
+@pytest.mark.slow
+def test_a_plan_knows_the_temporaries():
+    found = memory.beside_truth(memory.CASES[:1])
+    assert not found.wrong, found.shown

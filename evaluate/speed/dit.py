@@ -5,13 +5,13 @@ an AdamW update; sampling is Euler's method with guidance, of which every step i
 pass of twice the batch. Without diffusers, or in another dtype than float32, ours is timed
 alone. A multiply-add is two operations, products of matrices alone are counted
 (`models.dit.flops`), and a training step is three forward passes; MFU is that rate by what
-the device can do (`--peak`, known for some).
+the device can do, which `--peak` tells or `evaluate.speed.vit` knows or finds. `--clock` is as
+there.
 """
 
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evaluate.speed.vit import PEAKS, held
+from evaluate.speed.vit import CLOCKS, PEAKS, fastest_product, held
 from jaxformer import steps
 from jaxformer.models import dit
 from jaxformer.optim import AdamW, Constant
@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
     parser.add_argument("--steps", type=int, help="of a sample: 2 on a CPU, 50 elsewhere")
     parser.add_argument("--remat", help="none, dots or full; default: dots")
+    parser.add_argument("--clock", choices=CLOCKS, help="default: wall")
 
 
 def run(
@@ -51,6 +52,7 @@ def run(
     peak: float | None = None,
     steps: int | None = None,
     remat: str = "dots",
+    clock: str = "wall",
 ) -> dict:
     """Times every size in every mode; prints and returns a row a side."""
     device = jax.devices()[0]
@@ -59,6 +61,9 @@ def run(
     steps = steps or (2 if on_cpu else 50)
     known = [v for k, v in PEAKS.items() if k in device.device_kind]
     top = peak * 1e12 if peak else (known or [None])[0] if dtype != "float32" else None
+    source = "told" if peak else "known"
+    if top is None and on_cpu:
+        top, source = fastest_product(dtype, CLOCKS[clock])
     rows = []
     for size in sizes:
         for mode in modes:
@@ -67,11 +72,15 @@ def run(
             theirs = torchs(size, mode, count, steps) if dtype == "float32" else None
             if theirs is not None:
                 sides["diffusers"] = theirs, None
-            rows += timed(size, mode, count, steps, sides, rounds, top)
-    return {"rounds": rounds, "latents": LATENTS, "dtype": dtype, "steps": steps, "rows": rows}
+            rows += timed(size, mode, count, steps, sides, rounds, top, CLOCKS[clock])
+    found: dict[str, Any] = {"rounds": rounds, "latents": LATENTS, "dtype": dtype}
+    found |= {"steps": steps, "clock": clock}
+    if top is not None:
+        found |= {"peak_tflops": top / 1e12, "peak_source": source}
+    return found | {"rows": rows}
 
 
-def timed(size, mode, batch, steps, sides, rounds, peak) -> list[dict]:
+def timed(size, mode, batch, steps, sides, rounds, peak, clock) -> list[dict]:
     """Every side in turn, `rounds` times; a row a side."""
     passes = 3 if mode == "train" else 2 * steps
     work = dit.flops(dit.named(size, learned_variance=True), LATENTS) * batch * passes
@@ -80,9 +89,9 @@ def timed(size, mode, batch, steps, sides, rounds, peak) -> list[dict]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (step, _) in sides.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)

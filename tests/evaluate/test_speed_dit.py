@@ -15,6 +15,7 @@ def test_both_modes_are_timed_and_counted(monkeypatch):
         ("sample", "ours"),
     ]
     work = dit.dit.flops(dit.dit.named("S/2", learned_variance=True), (4, 4, 4))
+    assert found["clock"] == "wall" and found["peak_tflops"] == 1
     for row, passes in zip(found["rows"], (3, 6), strict=True):
         rate = 2 * work * passes / row["median_ms"] * 1e3
         assert abs(row["gflops"] * 1e9 / rate - 1) < 1e-6

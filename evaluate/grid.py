@@ -17,15 +17,23 @@ from evaluate.run import Trained
 
 @dataclass(frozen=True)
 class Grid:
-    """`rows` draws of each of the first `columns` classes, or of no class."""
+    """`rows` draws of each of the first `columns` classes, or of no class.
+
+    With `given`, rows of labels, a draw of each of them.
+    """
 
     draw: Draw
     rows: int = 8
     columns: int = 10
+    given: tuple[tuple[int, ...], ...] | None = None
 
     def picture(self, trained: Trained, path: pathlib.Path) -> pathlib.Path:
         """Draws them as a PNG."""
         classes = trained.objective.classes
+        if self.given is not None:
+            labels = [label for row in self.given for label in row]
+            images = self.draw.images(trained, labels)
+            return grid_picture(images.reshape(len(self.given), -1, *images.shape[1:]), path)
         columns = self.columns if classes is None else min(self.columns, classes.count)
         labels = None if classes is None else list(range(columns)) * self.rows
         images = self.draw.images(trained, labels, columns * self.rows)

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxformer.data.glyphs import FAMILIES, Glyphs, NamedGlyphs, _face, _pillow, draw
+from jaxformer.data.glyphs import (
+    FAMILIES,
+    Glyphs,
+    NamedGlyphs,
+    StyledGlyphs,
+    _face,
+    _pairs,
+    _pillow,
+    draw,
+)
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline, eval_batches
 from jaxformer.data.text import ALPHABET, Spell
@@ -160,3 +169,21 @@ def test_bad_input_is_told_in_one_sentence(monkeypatch):
         from jaxformer.data import glyphs
 
         glyphs._named_characters.__wrapped__()
+
+
+def test_pairs_that_are_held_out_are_of_seen_characters_and_fonts():
+    seen, held = StyledGlyphs("train"), StyledGlyphs("pairs", size=16)
+    assert len(seen) + len(held) == seen.num_classes == 10_400
+    record = held[3]
+    font = record["label"] // 650
+    name, code = record["source"].removeprefix("glyphs[").removesuffix("]").split(" U+")
+    assert name == seen.fonts[font]
+    assert seen.label(chr(int(code, 16)), name) == record["label"]
+    np.testing.assert_array_equal(record["image"], draw(name, chr(int(code, 16)), 16))
+    assert seen[0]["image"].shape == (64, 64, 1)
+    labels = [_pairs(split) for split in ("train", "pairs")]
+    assert not set(labels[0]) & set(labels[1])
+    for part in (lambda label: label % 650, lambda label: label // 650):
+        assert set(map(part, labels[1])) <= set(map(part, labels[0]))
+    with pytest.raises(InputError, match="in Arial is no pair that is drawn"):
+        seen.label("A", "Arial")

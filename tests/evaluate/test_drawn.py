@@ -172,6 +172,10 @@ def test_a_grid_has_a_column_a_class(tmp_path):
         wide, high = image.size
         assert path.suffix == ".png" and np.asarray(image).std() > 10
     assert wide < high  # Three columns, not ten, of four rows.
+    given = (2, 0, 1, 1, 0), (0, 1, 2, 3, 3)
+    asked = Grid(DRAW, given=given).picture(model(), tmp_path / "b")
+    with Image.open(asked) as image:
+        assert image.size == (330, 165)  # Five columns and two rows, with room above.
 
 
 def test_an_encoder_looks_at_pictures_as_its_own_evaluation_does():

@@ -16,6 +16,7 @@ from jaxformer.layers.block import Block
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.norm import BareLayerNorm
 from jaxformer.ops.activation import silu
+from jaxformer.ops.mask import Mask
 from jaxformer.ops.timestep import cosines_first, steps
 from jaxformer.sharding import constrain
 
@@ -127,3 +128,46 @@ class AdaBlock(Block):
         """A norm of the block's own kind."""
         own = self.mlp_epsilon if name == "mlp_norm" else None
         return self.norm(epsilon=self.epsilon if own is None else own, name=name)(x)
+
+
+class AdaCrossBlock(AdaBlock):
+    """An `AdaBlock` that looks at a `context` `[B, S, C]` too, between attention and MLP.
+
+    The condition makes shift, scale and gate of that as well, in the middle, so that this
+    block is the identity at first too. `context_mask` says which of it a token sees. Latent
+    diffusion's cross-attention (Rombach et al. 2022, arXiv 2112.10752) in a transformer, as
+    in PixArt (2310.00426), where it has no gate.
+    """
+
+    cross: nn.Module | None = None  # Attention; required.
+
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        *,
+        condition: Float[Array, "#B #T C"],
+        context: Float[Array, "B S C"],
+        context_mask: Mask | None = None,
+        train=False,
+        drop_path_rate=None,
+        **inputs,
+    ):
+        if self.cross is None:
+            raise ValueError(
+                "AdaCrossBlock needs cross=Attention(...), which looks at the context"
+            )
+        options = {"train": train, "drop_path_rate": drop_path_rate}
+        x = constrain(x, "BTD")
+        made = Modulation(9, x.shape[-1], name="modulation")(condition)
+        for i, name in enumerate(("attention", "cross", "mlp")):
+            shift, scale, gate = made[3 * i : 3 * i + 3]
+            y = modulate(self.normed(x, f"{name}_norm"), shift, scale)
+            if name == "attention":
+                y = self.attention(y, **inputs)
+            elif name == "cross":
+                y = self.cross(y, context, mask=context_mask)
+            else:
+                y = self.mlp(y, train=train)
+            x += gate.astype(x.dtype) * self.branch(y, name, **options)
+        return constrain(x, "BTD")

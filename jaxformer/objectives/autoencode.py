@@ -87,8 +87,9 @@ class Autoencode:
     `beta` see `commitment`. With `perceptual`, `features` (images) -> `[B, ..., C]` says
     what is alike, see `likeness`. With `adversarial` the model is a `models.vae.Judged`,
     whose critic learns in the same step: it from images made, which it cannot change, and
-    the autoencoder from its judgement, without changing it. The weight is a constant: the
-    original's is adapted to the gradients of its last layer.
+    the autoencoder from its judgement, without changing it. With `adaptive`, VQ-GAN's way,
+    its weight is multiplied by how much longer, in the decoder's last kernel, the gradient of
+    pixels and likeness is than that of the judgement: `balance`, at most 10,000.
     """
 
     power: Literal[1, 2] = 2
@@ -98,6 +99,7 @@ class Autoencode:
     perceptual: float = 0.0
     features: Callable[[Images], Any] | None = None
     adversarial: float = 0.0
+    adaptive: bool = False
     inputs: tuple[str, ...] = ("image",)
 
     def check(self, model: Any, pipeline: Any) -> None:
@@ -126,7 +128,7 @@ class Autoencode:
         """
         image = batch["image"]
         made, _, terms = self._terms(apply, params, image, key)
-        scales = {"error": 1.0, "divergence": self.kl, "commitment": self.codes}
+        scales: dict[str, Any] = {"error": 1.0, "divergence": self.kl, "commitment": self.codes}
         if self.perceptual and self.features is not None:
             terms["likeness"] = likeness(self.features, made, image)
             scales["likeness"] = self.perceptual
@@ -145,8 +147,34 @@ class Autoencode:
             name: jnp.where(weight > 0, each * weight, 0).sum() / jnp.maximum(weight.sum(), 1)
             for name, each in terms.items()
         }
+        told = {}
+        if self.adversarial and self.adaptive:
+            told["balance"] = self._balance(apply, params, batch, key)
+            scales["fooled"] *= told["balance"]
         total = jnp.sum(jnp.stack([scales[name] * mean for name, mean in means.items()]))
-        return total, means
+        return total, means | told
+
+    def _balance(self, apply, params, batch, key) -> Float[Array, ""]:
+        """The length of one gradient of the last kernel by that of the other."""
+        image, own = batch["image"], params["autoencoder"]
+        weight = batch.get("weight", jnp.ones(len(image)))
+
+        def mean(each):
+            return jnp.where(weight > 0, each * weight, 0).sum() / jnp.maximum(weight.sum(), 1)
+
+        def both(kernel):
+            end = own["decoder"]["end"] | {"kernel": kernel}
+            changed = own | {"decoder": own["decoder"] | {"end": end}}
+            made, _, terms = self._terms(apply, params | {"autoencoder": changed}, image, key)
+            pixels = mean(terms["error"])
+            if self.perceptual and self.features is not None:
+                pixels += self.perceptual * mean(likeness(self.features, made, image))
+            judged = apply({"params": params}, made, method="judge")
+            return pixels, -mean(judged.reshape(len(judged), -1).mean(-1))
+
+        _, back = jax.vjp(both, own["decoder"]["end"]["kernel"])
+        lengths = [jnp.linalg.norm(back(one)[0].ravel()) for one in ((1.0, 0.0), (0.0, 1.0))]
+        return jax.lax.stop_gradient(jnp.clip(lengths[0] / (lengths[1] + 1e-4), 0.0, 1e4))
 
     def measure(
         self, apply: Callable[..., Any], params: Any, batch: dict, key: Array

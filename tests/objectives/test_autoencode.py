@@ -94,6 +94,39 @@ def test_the_critic_and_the_autoencoder_learn_against_each_other_in_one_step(key
     assert max(jax.tree.leaves(far)) > 0
 
 
+@pytest.mark.slow
+def test_the_critics_weight_is_balanced_in_the_last_kernel(key):
+    """As if it had been the constant that the two gradients ask for."""
+    model = Judged(VQAutoencoder(**TINY, latent=2, codes=5), Critic(4, 1, groups=2))
+    batch = {"image": jax.random.normal(key, (2, 8, 8, 1)), "weight": jnp.array([1.0, 0.0])}
+    params = nn.unbox(jax.jit(model.init)(key, batch["image"]))["params"]
+
+    def run(objective):
+        return jax.grad(lambda p: objective.loss(model.apply, p, batch, key), has_aux=True)
+
+    @jax.jit
+    def slopes(params):
+        def term(name):
+            def one(p):
+                made, _ = model.apply({"params": p}, batch["image"])
+                if name == "error":
+                    return ((made - batch["image"]) ** 2)[0].mean()
+                return -model.apply({"params": params}, made, method="judge")[0].mean()
+
+            return jax.grad(one)(params)["autoencoder"]["decoder"]["end"]["kernel"]
+
+        error, fooled = (jnp.linalg.norm(term(n).ravel()) for n in ("error", "fooled"))
+        return run(Autoencode(adversarial=0.5, adaptive=True))(params), error / (fooled + 1e-4)
+
+    (grads, means), wanted = slopes(params)
+    np.testing.assert_allclose(means["balance"], wanted, rtol=1e-4)
+    assert abs(float(wanted) - 1) > 0.1
+    constant, _ = jax.jit(run(Autoencode(adversarial=0.5 * float(wanted))))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, constant
+    )
+
+
 def test_measures_leave_out_padding(key):
     model = KLAutoencoder(**TINY, latent=2)
     images = jax.random.normal(key, (3, 4, 4, 1))

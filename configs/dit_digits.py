@@ -3,8 +3,9 @@
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
 Model: a diffusion transformer (arXiv 2212.09748) on pixels, learned by flow matching
 (2209.03003) with times of a logit-normal law (2403.03206) and Muon.
-Expected: see docs/dit.md. The judge is the classifier of vit_digits.py, which is
-trained first; tasks={} does without. Commands:
+Expected: 98.8 % of 1,000 draws are read as what was asked for, and their Frechet distance is
+0.032, where held-out digits have 0.046 (one seed, see docs/dit.md). The judge is the classifier
+of vit_digits.py, which is trained first; tasks={} does without. Commands:
     python -m train configs/vit_digits.py
     python -m train configs/dit_digits.py
     python -m evaluate configs/dit_digits.py --checkpoint runs/dit_digits
@@ -28,7 +29,7 @@ from jaxformer.samplers.ode import Ode
 
 
 def experiment() -> Experiment:
-    """Minutes on two CPU cores; every number of it can be overridden."""
+    """Six minutes of a CPU; every number of it can be overridden."""
     normalize = Normalize(mean=0.5, std=0.5)  # To [-1, 1].
     train, test = (Pipeline(Digits(split), (normalize,)) for split in ("train", "test"))
     plain = Draw((8, 8, 1), normalize, Ode(25))
@@ -56,11 +57,11 @@ def experiment() -> Experiment:
             "guided": Drawn(guided, judge, train, test),
         },
         pictures={"digits": Grid(guided)},
-        steps=2500,
+        steps=1400,
         batch_size=128,
         ema=0.998,
-        keep=Keep(every=500, metric="-test/loss"),
-        eval_every=1250,
+        keep=Keep(every=700, metric="-test/loss"),
+        eval_every=1400,
         flops=cost,
     )
 

@@ -16,6 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
@@ -248,7 +249,7 @@ def check(tokens: Int[Array, "B T"], mask_id: int, block: int, law: Law) -> None
     if law.looks_back:
         raise InputError("unmasking has no order; set repetition=1 in its law")
     if not isinstance(tokens, Tracer):
-        none = (tokens != mask_id).all(1)
+        none = (np.asarray(tokens) != mask_id).all(1)  # Also where others are traced.
         if none.any():
             raise InputError(
                 f"row {int(none.argmax())} has nothing masked: put mask_id={mask_id} where "

@@ -6,6 +6,7 @@ hash. `tasks.TASK.reference=FILE.npz` then takes Frechet distances to them.
 """
 
 import argparse
+import logging
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from evaluate.encoder import Look
 from jaxformer import distances
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.program import entry, writing
 from jaxformer.sharding import make_mesh
 
 
@@ -26,6 +28,7 @@ def reference(task: Drawn) -> distances.Statistics:
     return distances.statistics(real, task.encoder.name, task.size)
 
 
+@entry
 def main(argv: list[str] | None = None) -> int:
     """Writes a file; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -37,23 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", help="where to write them, an npz")
     parser.add_argument("overrides", nargs="*", help="such as tasks.plain.encoder.path=DIR")
     args = parser.parse_intermixed_args(argv)
-    try:
-        tasks = load(args.config, args.overrides).tasks
-        task = tasks.get(args.task)
-        if not isinstance(task, Drawn):
-            known = [name for name, one in tasks.items() if isinstance(one, Drawn)]
-            raise InputError(
-                f"{args.config}: has no task {args.task!r} that judges drawn pictures; it has "
-                f"{', '.join(known) or 'none'}"
-            )
-        found = reference(task)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells what it misses.
+    tasks = load(args.config, args.overrides).tasks
+    task = tasks.get(args.task)
+    if not isinstance(task, Drawn):
+        known = [name for name, one in tasks.items() if isinstance(one, Drawn)]
+        raise InputError(
+            f"{args.config}: has no task {args.task!r} that judges drawn pictures; it has "
+            f"{', '.join(known) or 'none'}"
+        )
+    found = reference(task)
+    with writing():
         distances.save(args.file, found)
-    except OSError as error:
-        print(f"error: {error}; name another place to write to", file=sys.stderr)
-        return 2
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"{args.file}: {found.count} pictures seen by {found.encoder}, hash {found.digest}")
     return 0
 

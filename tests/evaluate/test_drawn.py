@@ -16,7 +16,7 @@ from evaluate.drawn import Drawn
 from evaluate.encoder import Converted, Look, Run
 from evaluate.generate import Records
 from evaluate.grid import Grid
-from evaluate.reference import reference
+from evaluate.reference import main, reference
 from evaluate.report import table
 from evaluate.run import Trained
 from jaxformer import distances
@@ -133,6 +133,13 @@ def test_a_file_of_statistics_is_the_reference(tmp_path):
     assert told[0] == distances.load(path).digest
     distances.save(path, dataclasses.replace(reference(TASK), mean=np.full(3, 9.0)))
     assert by_file.run(model())["frechet"].value() > 100
+
+
+def test_a_task_that_judges_nothing_has_no_reference(capsys):
+    assert main(["configs/dit_digits.py", "paint", "nowhere.npz"]) == 2
+    assert "no task 'paint' that judges drawn pictures; it has plain, guided" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,17 @@ Both are the same Llama by numbers, float32, greedy; torch's is transformers'
 that of `--steps` tokens less that of one. Speculative decoding by lookup is timed beside
 plain decoding, and continuous batching beside batches that wait for their longest, on a
 skewed mix of lengths. All tokens are random.
+
+The rate of a training step is that of `models.decoder.flops`, 2 a multiply-add of the products
+of matrices that the model asks for, half of attention's by its causal mask; 3 times that of the
+forward pass, whatever a side computes. MFU is that rate by `--peak`, or on a CPU by the fastest
+product of two matrices, of either side. `--clock cpu` is as in `evaluate.speed vit`.
 """
 
 import argparse
 import functools
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from evaluate.speed.vit import CLOCKS, fastest_product
 from jaxformer import steps as training
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
@@ -43,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="tokens drawn, default 64")
     parser.add_argument("--threads", type=int, help="torch's; default: one a core")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device, for MFU")
+    parser.add_argument("--clock", choices=CLOCKS, help="default: wall")
 
 
 def run(
@@ -52,8 +58,12 @@ def run(
     steps: int = 64,
     threads: int | None = None,
     peak: float | None = None,
+    clock: str = "wall",
 ) -> dict:
     """Times everything; prints and returns a row a side."""
+    top, source = (peak * 1e12, "told") if peak else (None, None)
+    if top is None and jax.default_backend() == "cpu":
+        top, source = fastest_product("float32", CLOCKS[clock])
     tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, MODEL.vocab)
     params = nn.unbox(jax.jit(MODEL.init)(jax.random.key(0), tokens))["params"]
     sides: dict[str, dict[str, Callable[[], Any]]] = {
@@ -71,7 +81,7 @@ def run(
         "static": waited(params, batch, steps),
         "continuous": served(params, batch, steps),
     }
-    seconds = {name: timed(each, rounds) for name, each in sides.items()}
+    seconds = {name: timed(each, rounds, CLOCKS[clock]) for name, each in sides.items()}
     for side, first in seconds["prefill"].items():  # What a decoding takes after its prompt.
         seconds["decode"][side] = [
             max(whole - one, 1e-9)
@@ -86,7 +96,7 @@ def run(
         "speculative": batch * steps,
         "batching": sum(lengths(steps)),
     }
-    rows = []
+    operations, rows = 3 * batch * flops(MODEL, (prompt,)), []
     for name, each in seconds.items():
         last = list(each)[-1]
         for side, times in each.items():
@@ -94,8 +104,9 @@ def run(
             row: dict[str, Any] = {"what": name, "side": side, "median_ms": 1e3 * median}
             row["min_ms"] = 1e3 * min(times)
             row["tokens_per_second"] = work[name] / median
-            if name == "train" and peak and side == "ours":
-                row["mfu"] = 3 * batch * flops(MODEL, (prompt,)) / median / (peak * 1e12)
+            if name == "train":
+                row["gflops"] = operations / median / 1e9
+                row["mfu"] = None if top is None else operations / median / top
             if side != last:
                 pairs = zip(times, each[last], strict=True)
                 row[f"ratio_to_{last}"] = statistics.median(a / b for a, b in pairs)
@@ -105,19 +116,24 @@ def run(
             shown = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
             print(f"{name:<12} {side:<11}", "  ".join(shown))
     sizes = {"batch": batch, "prompt": prompt, "steps": steps, "model": repr(MODEL)}
+    sizes |= {"clock": clock, "operations_of_a_step": operations}
+    if top is not None:
+        sizes |= {"peak_tflops": top / 1e12, "peak_source": source}
     return {"rounds": rounds, **sizes, "threads": threads, "rows": rows}
 
 
-def timed(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def timed(
+    sides: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each side, in turns, after a first time that is not counted."""
     for once in sides.values():
         once()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, once in sides.items():
-            start = time.perf_counter()
+            start = clock()
             once()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -126,5 +126,6 @@ LLAMA = Kind("llama", "LlamaForCausalLM").family()
 MISTRAL = _Mistral(
     "mistral", "MistralForCausalLM", kv_heads=8, mlp_dim=14336, bias=False
 ).family()
-QWEN2 = _Qwen("qwen2", "Qwen2ForCausalLM", bias=True, **QWEN).family()
-QWEN3 = _Qwen("qwen3", "Qwen3ForCausalLM", head_dim=128, qk_norm=RMSNorm, **QWEN).family()
+QWEN2_KIND = _Qwen("qwen2", "Qwen2ForCausalLM", bias=True, **QWEN)
+QWEN3_KIND = _Qwen("qwen3", "Qwen3ForCausalLM", head_dim=128, qk_norm=RMSNorm, **QWEN)
+QWEN2, QWEN3 = QWEN2_KIND.family(), QWEN3_KIND.family()

@@ -9,7 +9,15 @@ from typing import Any
 
 from jaxformer.convert.config import number
 from jaxformer.errors import InputError
-from jaxformer.ops.rotary_scaling import DynamicNTK, Linear, Llama3, Rotary, Scaling, YaRN
+from jaxformer.ops.rotary_scaling import (
+    DynamicNTK,
+    Linear,
+    Llama3,
+    MRotary,
+    Rotary,
+    Scaling,
+    YaRN,
+)
 
 KINDS = "default, linear, dynamic, yarn and llama3"
 
@@ -38,12 +46,21 @@ def read(found: Mapping[str, Any], config: Mapping[str, Any], theta: float) -> R
             "config.json: partial_rotary_factor must be 1; heads that are turned in part are "
             "not known"
         )
-    return Rotary(number(found, "rope_theta", theta), _law(found, config))
+    theta, law = number(found, "rope_theta", theta), _law(found, config)
+    sections = found.get("mrope_section")
+    if sections is None:
+        return Rotary(theta, law)
+    if not isinstance(sections, list) or len(sections) != 3:
+        raise InputError(f"config.json: mrope_section={sections!r} must be three numbers")
+    frames, rows, columns = (number({"mrope_section": n}, "mrope_section", 1) for n in sections)
+    return MRotary(
+        theta, law, (frames, rows, columns), bool(found.get("mrope_interleaved", False))
+    )
 
 
 def _law(found: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | None:
     kind = found.get("rope_type") or found.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "mrope"):  # The latter says that there are sections.
         return None
     if kind == "linear":
         return Linear(_own(found, "factor"))
@@ -109,7 +126,12 @@ def length_of(config: Mapping[str, Any], rotary: Rotary | None) -> int | None:
 
 def told_of(rotary: Rotary) -> dict[str, Any]:
     """A law as `rope_parameters` has it."""
-    law, found = rotary.scaling, {"rope_theta": rotary.theta}
+    law: Scaling | None = rotary.scaling
+    found: dict[str, Any] = {"rope_theta": rotary.theta}
+    if isinstance(rotary, MRotary):
+        found["mrope_section"] = list(rotary.sections)
+        if rotary.interleaved:
+            found["mrope_interleaved"] = True
     match law:
         case Linear():
             return found | {"rope_type": "linear", "factor": law.factor}

@@ -38,7 +38,7 @@ class _Kind:
 
     def text(self, config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         """The family of the language model, and its config."""
-        told = _part(config, "text_config")
+        told = part(config, "text_config")
         kind = told.get("model_type", self.texts[0].name)
         found = next((family for family in self.texts if family.name == kind), None)
         if found is None:
@@ -53,7 +53,7 @@ class _Kind:
 
     def model(self, config: dict[str, Any], names: set[str], dtype: Any) -> VLM:
         """The model of a config."""
-        told = _part(config, "vision_config")
+        told = part(config, "vision_config")
         kind = told.get("model_type", self.tower.name)
         if kind != self.tower.name:
             raise InputError(
@@ -244,7 +244,8 @@ class _PaliGemma(_Kind):
         return parts.linear("connector/out", f"{_PROJECTOR}linear")
 
 
-def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config within a config."""
     found = config.get(name) or {}
     if not isinstance(found, dict):
         raise InputError(f"config.json: {name} must be an object, not {found!r}")

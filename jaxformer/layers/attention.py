@@ -131,14 +131,14 @@ class Attention(nn.Module):
         return project("out", "BTNH,NHD->BTD", D=D)(y)
 
     def _angles(self, angles, positions, places):
-        rotary = self.scores.rotary
-        if rotary is None or (positions is None and places is None):
-            return angles
-        if angles is not None:
+        rotary, found = self.scores.rotary, None
+        if rotary is not None and places is not None:
+            found = rotary.angles_at(places, self.head_dim)
+        elif rotary is not None and positions is not None:
+            found = rotary.angles(positions, self.head_dim)
+        if found is not None and angles is not None:
             raise ValueError("angles are given, but the attention has a rotary of its own")
-        if places is not None:
-            return rotary.angles_at(places, self.head_dim)
-        return rotary.angles(positions, self.head_dim)
+        return angles if found is None else found
 
     def _scale(self) -> float | None:
         rotary, scale = self.scores.rotary, self.scores.scale

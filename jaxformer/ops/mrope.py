@@ -60,8 +60,10 @@ def decode_delta(
 ) -> Int[Array, " B"]:
     """What is added to the index of a token after a prompt, for its place on all axes.
 
-    A box takes fewer places than it has tokens, so that this is seldom above 0. `real` are
-    the tokens that are none of padding, all if not given.
+    A box takes fewer places than it has tokens, so that this is seldom above 0. Tokens that
+    follow stand as they would in one text with the prompt. transformers takes the greatest
+    place of all: another one where a video's last frame is farther on than what follows it.
+    `real` are the tokens that are none of padding, all if not given.
 
     Example:
       >>> decode_delta(jnp.array([[[0, 0, 0], [1, 1, 1], [1, 1, 1], [2, 2, 2]]])).tolist()
@@ -69,5 +71,5 @@ def decode_delta(
     """
     if real is None:
         real = jnp.ones(places.shape[:2], bool)
-    last = jnp.where(real[..., None], places, -1).max((1, 2))
+    last = jnp.where(real[..., None], places[..., 1:], -1).max((1, 2))  # But for frames.
     return last + 1 - real.sum(1)

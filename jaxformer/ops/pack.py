@@ -1,6 +1,7 @@
 """Several images of any shape in one row of patches: where each patch lies.
 
-A row holds the patches of its images one after the other, each row by row, then padding.
+A row holds the patches of its images one after the other, each row by row or block by block,
+then padding.
 All that says so is the grid of each image, as data: other images compile nothing anew.
 Sources: NaViT, Dehghani et al. 2023 (arXiv 2307.06304); NaFlex, of SigLIP 2, Tschannen
 et al. 2025 (2502.14786), is a row with one image.
@@ -57,6 +58,69 @@ def places(grids: Int[Array, "B n 2"], length: int) -> Places:
     index = index - jnp.take_along_axis(stops - sizes, image, 1)
     y, x = (jnp.where(real, i, 0) for i in (index // columns, index % columns))
     return Places(jnp.where(real, image + 1, 0), y, x, rows, columns)
+
+
+def blocks(grids: Int[Array, "B n 3"], length: int, side: int) -> Places:
+    """Where patches lie that come in blocks of `side` by `side`, each block row by row.
+
+    So do those of images and videos that an encoder merges: what becomes one token stands
+    side by side. Each frame of a video is an image of its own in `ids`.
+
+    Args:
+      grids: frames, rows and columns of patches; (0, 0, 0) is none.
+      length: of a row.
+      side: of a block, which divides rows and columns.
+
+    Raises:
+      ValueError: grids that `side` does not divide, or more patches than a row holds, where
+        `grids` are not traced.
+
+    Example:
+      >>> at = blocks(jnp.array([[[2, 2, 4]]]), 16, 2)
+      >>> at.ids[0].tolist(), at.x[0, :8].tolist()
+      ([1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2], [0, 1, 0, 1, 2, 3, 2, 3])
+    """
+    if not isinstance(grids, Tracer):
+        known = np.asarray(grids)
+        if (known[..., 1:] % side).any():
+            raise ValueError(
+                f"side={side} must divide the rows and columns of every grid; resize images "
+                "as data.native.fit says"
+            )
+        most = known.prod(-1).sum(-1).max(initial=0)
+        if most > length:
+            raise ValueError(f"a row of {length} patches cannot hold images of {most}")
+    count = grids.shape[1]
+    sizes, frames = (
+        grids.prod(-1),
+        jnp.where(grids[..., 1] * grids[..., 2] > 0, grids[..., 0], 0),
+    )
+    stops, before = jnp.cumsum(sizes, 1), jnp.cumsum(frames, 1) - frames
+    index = jnp.arange(length)[None]
+    image = (index[..., None] >= stops[:, None]).sum(-1)
+    real, image = image < count, jnp.minimum(image, count - 1)
+    grid = jnp.take_along_axis(grids, image[..., None], 1)
+    rows, columns = (jnp.where(real, grid[..., i], side) for i in (1, 2))
+    index = index - jnp.take_along_axis(stops - sizes, image, 1)
+    frame, index = index // (rows * columns), index % (rows * columns)
+    block, inside = index // side**2, index % side**2
+    across = columns // side
+    y = block // across * side + inside // side
+    x = block % across * side + inside % side
+    ids = 1 + jnp.take_along_axis(before, image, 1) + frame
+    ids, y, x = (jnp.where(real, i, 0) for i in (ids, y, x))
+    return Places(ids, y, x, jnp.where(real, rows, 1), jnp.where(real, columns, 1))
+
+
+def windows(at: Places, side: int) -> Int[Array, "B T"]:
+    """The window of `side` by `side` patches in which each lies, as an id of its own.
+
+    Ids grow from image to image and, in one, row by row; windows at its right and lower
+    edge are what is left. Padding has 0.
+    """
+    across = -(-at.columns // side)
+    number = at.y // side * across + at.x // side
+    return jnp.where(at.ids > 0, at.ids * at.ids.shape[1] + number, 0)
 
 
 def weights(

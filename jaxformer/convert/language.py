@@ -21,6 +21,7 @@ from jaxformer.convert.stacks import arrange, layers_of
 from jaxformer.errors import InputError
 from jaxformer.layers.attention import Attention, Scores
 from jaxformer.layers.block import Block, Mlp, SandwichBlock
+from jaxformer.layers.deep import DeepBlock
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.layers.text import TokenTable
@@ -224,7 +225,7 @@ def blocks_of(model: Any, mlps: tuple[type, ...] = (Mlp,)) -> list[Any]:
     except ValueError:  # A stack within a stack.
         return []
     known = model.norm is not None and all(
-        type(block) in (Block, SandwichBlock)
+        type(block) in (Block, SandwichBlock, DeepBlock)
         and type(block.attention) is Attention
         and type(block.mlp) in mlps
         for block in blocks

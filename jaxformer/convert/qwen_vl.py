@@ -7,7 +7,7 @@ modules; configs may have the text's fields beside `vision_config` or in `text_c
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxformer.layers.native import Fold, NativeEmbed, NearBlock
 from jaxformer.layers.norm import LayerNorm, RMSNorm
 from jaxformer.models.native import NativeEncoder, NativeVLM
 
-_VISION, _TABLE = "visual.", "model.embed_tokens.weight"
+VISION, _TABLE = "visual.", "model.embed_tokens.weight"
 _OUTER = {"vision_config", "text_config", "model_type", "architectures"}
 _IMAGE, _VIDEO = 151655, 151656
 
@@ -43,6 +43,8 @@ class Kind:
     width: str  # what the config calls the encoder's width,
     out: str  # and that of what it gives.
     interleaved: bool = False
+    module: ClassVar[type[NativeVLM]] = NativeVLM
+    encoders: ClassVar[type[NativeEncoder]] = NativeEncoder
 
     def told(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The text's config, with all that it leaves out."""
@@ -77,7 +79,7 @@ class Kind:
         vision = self.encoder(seen, dtype)
         connector = self.connector(vision.embed, text.table.width, dtype)
         rate = self.rate(seen)
-        return NativeVLM(vision, connector, text, ids[0], video=ids[1], rate=rate)
+        return self.module(vision, connector, text, ids[0], video=ids[1], rate=rate)
 
     def rate(self, seen: dict[str, Any]) -> int | None:
         """Places a second of a video."""
@@ -134,7 +136,7 @@ class Kind:
 
     def config(self, model: Any) -> dict[str, Any] | None:
         """The config of a model."""
-        if type(model) is not NativeVLM or type(model.vision) is not NativeEncoder:
+        if type(model) is not self.module or type(model.vision) is not self.encoders:
             return None
         text = self.language.config(model.language)
         blocks = [layer.block for layer in layers_of(model.vision.stack)]
@@ -171,12 +173,12 @@ class Kind:
         encoder, found = model.vision, []
         embed = encoder.embed
         sizes = {"f": embed.frames, "p": embed.patch, "q": embed.patch}
-        patch = f"{_VISION}patch_embed.proj"
+        patch = f"{VISION}patch_embed.proj"
         layout = "D C f p q -> (f p q C) D"
         found.append(Entry("embed/patch/kernel", f"{patch}.weight", layout, sizes))
         if embed.use_bias:
             found.append(Entry("embed/patch/bias", f"{patch}.bias", "D -> D"))
-        for path, theirs, block, entry in language.places(encoder.stack, f"{_VISION}blocks"):
+        for path, theirs, block, entry in language.places(encoder.stack, f"{VISION}blocks"):
             bias = block.norm is LayerNorm
             found += parts.fused_attention(
                 f"{path}/attention",
@@ -202,7 +204,7 @@ class Kind:
 
     def merger(self, model: NativeVLM) -> list[Entry]:
         """The table of the connector."""
-        theirs = f"{_VISION}merger"
+        theirs = f"{VISION}merger"
         return [
             *parts.norm("connector/parts_0", f"{theirs}.ln_q", type(self.norm()) is LayerNorm),
             *parts.linear("connector/parts_2/up", f"{theirs}.mlp.0"),
@@ -232,7 +234,7 @@ class Kind:
             config=self.config,
             entries=self.entries,
             inputs=self.inputs,
-            rename=((r"^model\.language_model\.", "model."), (r"^model\.visual\.", _VISION)),
+            rename=((r"^model\.language_model\.", "model."), (r"^model\.visual\.", VISION)),
             ignore=language.IGNORE,
             unpack=self.unpack,
             spell=self.spell,

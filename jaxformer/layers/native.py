@@ -13,9 +13,9 @@ from jaxformer.layers.block import Block
 from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.embed import Tokens
 from jaxformer.ops.mask import Mask, Segments
-from jaxformer.ops.pack import blocks, windows
+from jaxformer.ops.pack import Places, blocks, corner_weights, resize, windows
 from jaxformer.ops.rotary import angles_2d
-from jaxformer.sharding import constrain
+from jaxformer.sharding import constrain, partitioned
 
 
 class NativeEmbed(nn.Module):
@@ -85,6 +85,20 @@ class NativeEmbed(nn.Module):
         ids, near = (regroup(a[..., None], order, unit)[..., 0] for a in (at.ids, near))
         block = {"angles": angles, "mask": Segments(ids), "near": Segments(near)}
         return Tokens(constrain(x, "BTD"), block, {"order": order})
+
+
+class CornerPosition(nn.Module):
+    """Learned positions of a grid of `shape`, resized to each image's with corners aligned."""
+
+    width: int
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, at: Places) -> Float[Array, "B T D"]:
+        rows, columns = self.shape
+        init = partitioned(nn.initializers.normal(0.02), "TD")
+        table = self.param("embedding", init, (rows * columns, self.width))
+        return resize(table.reshape(rows, columns, -1), at, corner_weights)
 
 
 def regroup(

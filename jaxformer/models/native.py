@@ -62,13 +62,13 @@ class NativeVLM(VLM):
     video: int | None = None  # another token for places; those of `image` serve both.
     rate: int | None = None  # None: each frame of a video is one place on.
 
-    def encode(
+    def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, patches: Float[Array, "B T P"], grids: Int[Array, "B n 3"], train: bool = False
-    ) -> Float[Array, "B s D"]:
-        """What the language model reads of a row's images, one after the other."""
+    ) -> Any:
+        """What the language model reads of a row's images, in order: `[B, s, D]`."""
         return self.connector(self.vision.encode(patches, grids, train=train))
 
-    def hidden(
+    def hidden(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         tokens: Int[Array, "B T"],
         patches: Float[Array, "B P C"] | None = None,

@@ -7,6 +7,7 @@ Sources: NaViT, Dehghani et al. 2023 (arXiv 2307.06304); NaFlex, of SigLIP 2, Ts
 et al. 2025 (2502.14786), is a row with one image.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -137,13 +138,28 @@ def weights(
     return out / out.sum(-1, keepdims=True)
 
 
-def resize(table: Float[Array, "Y X D"], at: Places) -> Float[Array, "B T D"]:
+def corner_weights(
+    place: Int[Array, "B T"], new: Int[Array, "B T"], old: int
+) -> Float[Array, "B T S"]:
+    """`weights` by which the first and the last of `new` are the first and last of `old`.
+
+    Bilinear, without antialias: torch's, with its corners aligned.
+    """
+    middle = place * (old - 1) / jnp.maximum(new - 1, 1)
+    samples = jnp.arange(old, dtype=jnp.float32)[None, None]
+    return jnp.maximum(1 - jnp.abs(samples - middle[..., None].astype(jnp.float32)), 0)
+
+
+def resize(
+    table: Float[Array, "Y X D"], at: Places, law: Callable[..., Array] = weights
+) -> Float[Array, "B T D"]:
     """A table of a grid, resized to each image's own and read at each patch.
 
-    Bilinear with antialias, as `ops.resize.resize`; float32. At padding it is no one's.
+    Bilinear with antialias, as `ops.resize.resize`, or by another `law`: `corner_weights`;
+    float32. At padding it is no one's.
     """
     Y, X, D = table.shape
-    y, x = weights(at.y, at.rows, Y), weights(at.x, at.columns, X)
+    y, x = law(at.y, at.rows, Y), law(at.x, at.columns, X)
     both = (y[..., :, None] * x[..., None, :]).reshape(*y.shape[:2], Y * X)
     flat = table.astype(jnp.float32).reshape(Y * X, D)
     return jnp.matmul(both, flat, precision=jax.lax.Precision.HIGHEST)

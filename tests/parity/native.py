@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.data.native import rows
 from jaxformer.layers.block import Chain
-from jaxformer.layers.native import NativeEmbed
+from jaxformer.layers.native import CornerPosition, NativeEmbed
+from jaxformer.models.deep import DeepEncoder
 from jaxformer.models.native import NativeEncoder
 from jaxformer.ops.activation import gelu, gelu_tanh
+from jaxformer.ops.pack import resize
 from jaxformer.ops.rotary_scaling import MRotary
 from tests.parity.case import Case, edit, wrong
 from tests.parity.language import blocks
@@ -75,6 +78,20 @@ def _qwen2_5_vl():
     }
     text = TEXT | {"rope_parameters": law(SECTIONS), "rms_norm_eps": 1e-5}
     return _build("Qwen2_5_VL", vision, text, tie_word_embeddings=True)
+
+
+def _qwen3_vl():
+    vision = {
+        "depth": 3,
+        "hidden_size": 16,
+        "out_hidden_size": TEXT["hidden_size"],
+        "intermediate_size": 20,
+        "num_position_embeddings": 9,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = TEXT | {"head_dim": 14, "num_hidden_layers": 3}
+    text["rope_parameters"] = law([3, 2, 2])
+    return _build("Qwen3VL", vision, text)
 
 
 def tokens_of(draw, grids):
@@ -227,6 +244,63 @@ def _merger(change):
     return mutate
 
 
+def _two_frames(draw):
+    """The video as two, with text between its frames, as Qwen3-VL lays it."""
+    found = inputs(draw)
+    grid = found["grids"][1, 1].copy()
+    grid[0] = 1
+    grids = np.zeros((2, 3, 3), np.int32)
+    grids[:, :2] = found["grids"]
+    grids[1, 1:] = grid
+    tokens = found["tokens"]
+    video = np.flatnonzero(tokens[1] == VIDEO)
+    middle = video[len(video) // 2]
+    row = np.insert(tokens[1], middle, 5)
+    tokens = np.stack([np.append(tokens[0], 6), row]).astype("int32")
+    return {"tokens": tokens, "patches": found["patches"], "grids": grids}
+
+
+def _theirs_two_frames(module, inputs):
+    """Their grids are of whole videos."""
+    grids = inputs["grids"][:, :2].clone()
+    grids[1, 1, 0] = 2
+    return theirs(module, inputs | {"grids": grids})
+
+
+class _Late(DeepEncoder):
+    """Reads one layer later."""
+
+    def encode(self, patches, grids, *, train=False):
+        last, _, second = super().encode(patches, grids, train=train)
+        return last, second, second
+
+
+class _Half(CornerPosition):
+    """Aligns no corners."""
+
+    @nn.compact
+    def __call__(self, at):
+        rows, columns = self.shape
+        zeros = nn.initializers.zeros
+        table = self.param("embedding", zeros, (rows * columns, self.width))
+        return resize(table.reshape(rows, columns, -1), at)
+
+
+def _half(model, inputs):
+    position = model.vision.embed.position
+    return edit(model, "vision.embed.position", _Half(position.width, position.shape)), inputs
+
+
+def _late(model, inputs):
+    vision = model.vision
+    return edit(model, "vision", _Late(vision.embed, vision.stack, vision.taps)), inputs
+
+
+def _shallow(model, inputs):
+    language, _ = blocks(lambda b: edit(b, "index", None))(model.language, inputs)
+    return edit(model, "language", language), inputs
+
+
 FACTS = {
     "other sections": in_text(lambda r: MRotary(r.theta, r.scaling, (2, 2, 2))),
     "interleaved": in_text(lambda r: MRotary(r.theta, r.scaling, r.sections, interleaved=True)),
@@ -251,6 +325,7 @@ CASES = (
             "exact gelu in images": in_images(lambda b: edit(b, "mlp.activation", gelu)),
             "epsilon of images": in_images(lambda b: edit(b, "epsilon", 1e-2)),
         },
+        slow=True,
     ),
     Case(
         "qwen2_5_vl",
@@ -268,5 +343,21 @@ CASES = (
             "gelu in images": in_images(lambda b: edit(b, "mlp.activation", gelu)),
             "frames are one place apart": wrong("rate", None),
         },
+    ),
+    Case(
+        "qwen3_vl",
+        _qwen3_vl,
+        _two_frames,
+        _theirs_two_frames,
+        ours,
+        {
+            "other sections": in_text(lambda r: edit(r, "sections", (5, 1, 1))),
+            "in chunks": in_text(lambda r: edit(r, "interleaved", False)),
+            "a layer later": _late,
+            "nothing is added": _shallow,
+            "positions without corners": _half,
+            "exact gelu in images": in_images(lambda b: edit(b, "mlp.activation", gelu)),
+        },
+        slow=True,
     ),
 )

@@ -11,7 +11,7 @@ from tests.parity.test_parity import jit, load
 
 CASES = {case.name: case for case in native.CASES}
 SEEN = ("patches", "grids", "seconds")
-PROMPT = 17  # tokens, with all images and videos among them.
+PROMPT = 18  # tokens, with all images and videos among them.
 
 
 @pytest.mark.parametrize(

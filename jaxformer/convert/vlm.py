@@ -22,12 +22,12 @@ from jaxformer.layers.connect import Project
 from jaxformer.models.vit import Encoder
 from jaxformer.models.vlm import VLM, Early
 
-_TEXT, _VISION, _PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
+TEXT, VISION, PROJECTOR = "language_model.", "vision_tower.", "multi_modal_projector."
 _CLIP, _SIGLIP = clip.CLIP_VISION, siglip.SIGLIP_VISION
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
+class Kind:
     """A family: the tower and the language models that it may have, the first by default."""
 
     name: str
@@ -60,14 +60,23 @@ class _Kind:
                 f"config.json: vision_config has model_type={kind!r}; {self.name} is known "
                 f"with {self.tower.name}"
             )
-        tower: Any = self.tower.model(told, _within(_VISION, names), dtype)
+        tower: Any = self.tower.model(told, _within(VISION, names), dtype)
         family, told = self.text(config)
-        text: Any = family.model(told, _within(_TEXT, names), dtype)
+        text: Any = family.model(told, _within(TEXT, names), dtype)
         image = config.get("image_token_index", config.get("image_token_id", self.image))
         if isinstance(image, bool) or not isinstance(image, int) or image < 0:
             raise InputError(f"config.json: image_token_index={image!r} must be a token's id")
         vision, connector, skip = self.join(config, tower, text.table.width, dtype)
-        return VLM(vision, connector, text, image, skip)
+        return self.module(vision, connector, text, image, skip)
+
+    @property
+    def module(self) -> type[VLM]:
+        """What the parts are put together by."""
+        return VLM
+
+    def knows(self, connector: Any) -> bool:
+        """Whether a connector is one of the family's."""
+        return type(connector) is Project
 
     def join(self, config: dict[str, Any], tower: Encoder, width: int, dtype: Any):
         """The tower as it is used, the projector, and how many tokens are left out."""
@@ -83,11 +92,11 @@ class _Kind:
 
     def config(self, model: Any) -> dict[str, Any] | None:
         """The config of a model."""
-        if type(model) is not VLM or type(model.connector) is not Project:
+        if type(model) is not self.module or not self.knows(model.connector):
             return None
         told, tower = self.told(model), self.tower_of(model)
         vision = None if tower is None else self.tower.config(tower)
-        text = next(filter(None, (_told(f, model.language) for f in self.texts)), None)
+        text = next(filter(None, (told_by(f, model.language) for f in self.texts)), None)
         if told is None or vision is None or text is None:
             return None
         return {
@@ -102,14 +111,14 @@ class _Kind:
 
     def entries(self, model: Any) -> list[Entry]:
         """The table."""
-        texts = _nested("language/", _TEXT, language.entries(model.language))
+        texts = nested("language/", TEXT, language.entries(model.language))
         return [*self.images(model), *self.projector(model.connector), *texts]
 
     def images(self, model: VLM) -> list[Entry]:
         """The table of the tower."""
-        return _nested("vision/", _VISION, self.tower.entries(self.tower_of(model)))
+        return nested("vision/", VISION, self.tower.entries(self.tower_of(model)))
 
-    def projector(self, connector: Project) -> list[Entry]:
+    def projector(self, connector: Any) -> list[Entry]:
         """The table of the projector."""
         raise NotImplementedError
 
@@ -122,9 +131,9 @@ class _Kind:
     def unpack(self, config: Mapping[str, Any], tensors: dict[str, Stored]):
         """Without a head that is tied."""
         family, told = self.text(config)
-        inner = {n.removeprefix(_TEXT): x for n, x in tensors.items() if n.startswith(_TEXT)}
-        kept = {f"{_TEXT}{name}": x for name, x in family.unpack(told, inner).items()}
-        return {n: x for n, x in tensors.items() if not n.startswith(_TEXT)} | kept
+        inner = {n.removeprefix(TEXT): x for n, x in tensors.items() if n.startswith(TEXT)}
+        kept = {f"{TEXT}{name}": x for name, x in family.unpack(told, inner).items()}
+        return {n: x for n, x in tensors.items() if not n.startswith(TEXT)} | kept
 
     def family(self) -> Family:
         """What the engine takes."""
@@ -135,17 +144,17 @@ class _Kind:
             entries=self.entries,
             inputs=self.inputs,
             rename=(
-                (r"^model\.language_model\.", f"{_TEXT}model."),
+                (r"^model\.language_model\.", f"{TEXT}model."),
                 (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-                (r"^lm_head\.", f"{_TEXT}lm_head."),
-                (r"^vision_tower\.(?!vision_model\.)", f"{_VISION}vision_model."),
+                (r"^lm_head\.", f"{TEXT}lm_head."),
+                (r"^vision_tower\.(?!vision_model\.)", f"{VISION}vision_model."),
             ),
             ignore=(*towers.IGNORE, *language.IGNORE),
             unpack=self.unpack,
         )
 
 
-class _Llava(_Kind):
+class Llava(Kind):
     """An early layer of CLIP without its class token, and an MLP."""
 
     def join(self, config, tower, width, dtype):
@@ -215,17 +224,17 @@ class _Llava(_Kind):
             found += [
                 dataclasses.replace(entry, ours=ours, layers=layers) for ours, layers in places
             ]
-        return _nested("vision/", _VISION, found)
+        return nested("vision/", VISION, found)
 
     def projector(self, connector):
         bias = connector.use_bias
         return [
-            *parts.linear("connector/up", f"{_PROJECTOR}linear_1", bias),
-            *parts.linear("connector/down", f"{_PROJECTOR}linear_2", bias),
+            *parts.linear("connector/up", f"{PROJECTOR}linear_1", bias),
+            *parts.linear("connector/down", f"{PROJECTOR}linear_2", bias),
         ]
 
 
-class _PaliGemma(_Kind):
+class _PaliGemma(Kind):
     """All of SigLIP's tokens after its last norm, and a linear layer."""
 
     def join(self, config, tower, width, dtype):
@@ -241,7 +250,7 @@ class _PaliGemma(_Kind):
         return {"projection_dim": model.connector.width, "hidden_size": model.connector.width}
 
     def projector(self, connector):
-        return parts.linear("connector/out", f"{_PROJECTOR}linear")
+        return parts.linear("connector/out", f"{PROJECTOR}linear")
 
 
 def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -256,20 +265,22 @@ def _within(prefix: str, names: set[str]) -> set[str]:
     return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
-def _nested(ours: str, theirs: str, entries) -> list[Entry]:
+def nested(ours: str, theirs: str, entries) -> list[Entry]:
+    """Entries with more before their paths and names."""
     return [
         dataclasses.replace(e, ours=f"{ours}{e.ours}", theirs=f"{theirs}{e.theirs}")
         for e in entries
     ]
 
 
-def _told(family: Family, model: Any) -> dict[str, Any] | None:
+def told_by(family: Family, model: Any) -> dict[str, Any] | None:
+    """The config of a model, where it makes that again."""
     told = family.config(model)
     return told if told is not None and engine.is_told_by(told, family, model) else None
 
 
-_LLAMAS = (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)
-LLAVA = _Llava("llava", "LlavaForConditionalGeneration", _CLIP, _LLAMAS, image=32000).family()
+LLAMAS = (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3)
+LLAVA = Llava("llava", "LlavaForConditionalGeneration", _CLIP, LLAMAS, image=32000).family()
 PALIGEMMA = _PaliGemma(
     "paligemma", "PaliGemmaForConditionalGeneration", _SIGLIP, (gemma.GEMMA,), image=256000
 ).family()

@@ -17,6 +17,7 @@ from tests.parity import (
     video,
     vit,
     vlm,
+    vlm_kinds,
 )
 from tests.parity.case import Case
 
@@ -35,6 +36,7 @@ CASES: dict[str, Case] = {
         *language.CASES,
         *vlm.CASES,
         *native.CASES,
+        *vlm_kinds.CASES,
         *dit.CASES,
         *mmdit.CASES,
         *vae.CASES,

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": activation.gelu_tanh,
     "gelu_fast": activation.gelu_tanh,
     "quick_gelu": activation.quick_gelu,
+    "relu": activation.relu,
     "silu": activation.silu,
     "swish": activation.silu,
 }

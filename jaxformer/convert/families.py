@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxformer.convert import (
+    blip2,
     clip,
     dinov2,
     dinov3,
@@ -17,7 +18,9 @@ from jaxformer.convert import (
     internvl,
     llama,
     mae,
+    mllama,
     mmdit,
+    opt,
     qwen3_vl,
     qwen_vl,
     siglip,
@@ -61,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN2,
         llama.QWEN3,
         gpt2.GPT2,
+        opt.OPT,
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
@@ -75,6 +79,8 @@ FAMILIES: dict[str, Family] = {
         internvl.INTERNVL,
         tiled.LLAVA_NEXT,
         idefics.IDEFICS,
+        blip2.BLIP2,
+        mllama.MLLAMA,
         dit.DIFFUSERS,
         dit.FACEBOOK,
         mmdit.SD3,

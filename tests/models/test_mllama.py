@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,8 @@ def test_who_sees_whom():
 def test_text_is_the_language_model_alone_and_shut_gates_let_no_image_in():
     """Exactly: layers that see are left out, or add nothing."""
     inputs, _ = CASES["mllama"].answers()
-    model, params = load("mllama")
+    loaded: Any = load("mllama")
+    model, params = loaded
     run = jit(model.apply)
     given = [jnp.asarray(inputs[name]) for name in ("tokens", "images", "ratios")]
     text = run({"params": params}, given[0])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train.faults.__main__ as faults
-from train.faults import damage, disk, elastic, memory, meshes
+from train.faults import damage, disk, elastic, evaluation, memory, meshes
 from train.faults.row import Row, wrongs
 
 
@@ -38,6 +38,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_processes_come_and_go(tmp_path):
     found = elastic.same_losses(tmp_path, leg=2)
+    assert not found.wrong, found.shown
+
+
+@pytest.mark.slow
+def test_processes_judge_alike(tmp_path):
+    found = evaluation.on_processes(tmp_path)
     assert not found.wrong, found.shown
 
 

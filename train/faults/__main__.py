@@ -22,7 +22,7 @@ import jax
 
 from jaxformer.errors import InputError
 from jaxformer.program import entry, write_json
-from train.faults import damage, disk, elastic, kill, memory, meshes, signals
+from train.faults import damage, disk, elastic, evaluation, kill, memory, meshes, signals
 from train.plan import versions
 
 ROWS = {
@@ -35,6 +35,7 @@ ROWS = {
     "disk": disk.full,
     "records": lambda folder: elastic.records_once(),
     "hosts": elastic.same_losses,
+    "evaluate": evaluation.on_processes,
     "meshes": lambda folder: meshes.same_losses(),
     "memory": lambda folder: memory.beside_truth(),
 }

@@ -9,6 +9,10 @@ from train.faults import damage, disk, elastic, evaluation, memory, meshes
 from train.faults.row import Row, wrongs
 
 
+def fog(folder):
+    raise RuntimeError("seen no more")
+
+
 def test_the_table_says_what_is_not_so(monkeypatch, tmp_path, capsys):
     good = Row("rain", "dry", wrongs(it_is_dry=True))
     bad = Row("snow", "wet", wrongs(it_is_dry=False, it_is_warm=True))
@@ -19,6 +23,10 @@ def test_the_table_says_what_is_not_so(monkeypatch, tmp_path, capsys):
     assert "| rain | dry |" in told and "    not so: it is dry" in told
     assert [row["wrong"] for row in json.loads(out.read_text())["rows"]] == [[], ["it is dry"]]
     assert faults.main(["--rows", "rain"]) == 0
+    monkeypatch.setattr(faults, "ROWS", {"fog": fog, "rain": lambda _: good})
+    assert faults.main([]) == 1
+    assert "| fog | not shown: seen no more |\n| rain | dry |" in capsys.readouterr().out
+    monkeypatch.setattr(faults, "ROWS", {"rain": lambda _: good, "snow": lambda _: bad})
     assert faults.main(["--rows", "hail"]) == 2
     assert "there is no row 'hail'; choose from rain, snow" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import jax
 from jaxformer.errors import InputError
 from jaxformer.program import entry, write_json
 from train.faults import damage, disk, elastic, evaluation, kill, memory, meshes, signals
+from train.faults.row import Row
 from train.plan import versions
 
 ROWS = {
@@ -64,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
             begun, spent = time.monotonic(), cpu_seconds()
             place = pathlib.Path(folder) / name
             place.mkdir()
-            row = ROWS[name](place)
+            try:
+                row = ROWS[name](place)
+            except (RuntimeError, subprocess.SubprocessError) as error:  # The others go on.
+                row = Row(name, f"not shown: {str(error)[:300]}", ("it came to its end",))
             seconds, spent = time.monotonic() - begun, cpu_seconds() - spent
         print(f"{'no' if row.wrong else 'ok'}  {row.fault}: {row.shown} ({seconds:.0f} s)")
         for wrong in row.wrong:

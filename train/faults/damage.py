@@ -13,7 +13,7 @@ from jaxformer import checkpoint
 from jaxformer.data.loader import fingerprint, train_batches
 from jaxformer.experiment import Experiment, describe, load
 from train.faults.processes import CONFIG, TINY
-from train.faults.row import Row, wrongs
+from train.faults.row import Row
 from train.run import begin, prepare, train
 
 FEW = (*TINY, "mesh=data=1", "steps=4", "keep.every=2", "keep.best=0", "evals={}")
@@ -56,14 +56,13 @@ def damaged(folder: pathlib.Path, flips: int = 40) -> Row:
             silent += [f"{kind}: {path}"] if step == 4 and not same else []
     told = (
         f"{kind}: {found[kind]} of {len(damages)} found"
-        + (f", {harmless[kind]} without effect" if harmless[kind] else "")
+        + (f", {harmless[kind]} change nothing that is read" if harmless[kind] else "")
         for kind, damages in kinds.items()
     )
-    first = next(iter(kinds))
     return Row(
         "a checkpoint damaged",
         "; ".join(told) + "; the one before is taken each time",
-        wrongs(every_flipped_bit_is_found=found[first] == flips) + tuple(silent),
+        tuple(silent),
         {kind: {"tried": len(kinds[kind]), "found": found[kind]} for kind in kinds},
     )
 

@@ -90,7 +90,7 @@ def wait_for(
     workdir: pathlib.Path,
     count: int,
     processes: Sequence[subprocess.Popen],
-    seconds: float = 180,
+    seconds: float = 300,
 ) -> None:
     """Until a run has written so many rows.
 

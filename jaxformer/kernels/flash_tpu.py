@@ -11,10 +11,12 @@ online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -23,10 +25,13 @@ from jaxformer.kernels import cost, parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
 from jaxformer.kernels.case import Case
 from jaxformer.kernels.flash_tpu_tile import (
+    as_they_lie,
     by_rows,
     clear_tail,
+    keys_of,
     lay_apart,
     logits,
+    one_or_many,
     prepared,
     sweep,
 )
@@ -62,12 +67,13 @@ def check(q: Array, interpret: Any = False) -> None:
         raise NotImplementedError(f"dtype {q.dtype} is not bfloat16 or float32")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """The static facts of one grid step, shared by forward and backward.
 
     `T`, `S`: the lengths; `rows`: of key scratch; `masked`: tiles come from a list, and
-    those partly seen are masked. `spans`: of keys that each chunk sees, where known.
+    those partly seen are masked. `spans`: of keys that each chunk sees, where known, and
+    the `patterns` of those that some see.
     `widen`: products take float32, which gives the same sums. Where a kernel is
     interpreted on a CPU, XLA moves a transpose into the product that takes it, and that of
     jax 0.12 has no such product of bfloat16.
@@ -79,11 +85,12 @@ class Step:
     S: int
     masked: bool
     spans: visits.Spans | None = None
+    patterns: Sequence[np.ndarray] = ()
     widen: bool = False
 
     @property
     def rows(self) -> int:
-        return tiles.up(self.S, self.tile.keys) if self.listed else self.S
+        return tiles.up(self.S, self.tile.listed) if self.listed else self.S
 
     @property
     def listed(self) -> bool:
@@ -117,21 +124,24 @@ def _forward(q, k, v, case, *, interpret):
         specs["q"],
         pl.BlockSpec((1, 1, lanes.N, step.tile.queries), lambda b, g, i: (b, g, 0, i)),
     )
-    scratch = [
-        pltpu.VMEM((step.windows, step.rows, lanes.width), k.dtype),
-        pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
-        pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
-        pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
-        pltpu.VMEM((lanes.N, 1, step.tile.queries), jnp.float32),
-    ]
+    scratch = {
+        "vt": pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
+        "q": pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
+        "out": pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
+        "lse": pltpu.VMEM((lanes.N, 1, step.tile.queries), jnp.float32),
+    }
+    if not as_they_lie(case.k, step):
+        scratch["k"] = pltpu.VMEM((step.windows, step.rows, lanes.width), k.dtype)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, case=case, step=step),
         grid=(B, groups, step.blocks),
         in_specs=(specs,),
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch,
-        compiler_params=compiler_params((arrays, *out_shape), (specs, *out_specs), scratch),
+        scratch_shapes=[scratch],
+        compiler_params=compiler_params(
+            (arrays, *out_shape), (specs, *out_specs), scratch.values()
+        ),
         cost_estimate=cost.estimate(q, k, case, cost.FORWARD, arrays, out_shape),
         interpret=interpret,
         name="flash_forward",
@@ -145,17 +155,17 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
     masked = case.intervals is not None
     if masked and case.known is not None:
         tile = tiles.tpu_known(T, S, H, backward=backward)
-        spans = visits.spans(case.known.intervals, S, tile.chunk, tile.keys)
-        lanes = Lanes.of(N, K, H, tile.lanes)
-        if (
-            sum(size for chunk in spans for _, size, _ in chunk) * tile.chunk * lanes.N
-            <= tile.most
-        ):
-            return Step(lanes, tile, T, S, True, spans, widen)
-    tile = tiles.tpu(T, S, H, masked=masked, backward=backward)
-    lanes = Lanes.of(N, K, H, tile.lanes)
+        found = visits.spans(case.known.intervals, S, tile.chunk, tile.keys)
+        logits = sum(size * count for chunk in found[0] for _, size, _, (_, count) in chunk)
+        for lanes in (Lanes.of(N, K, H, tile.lanes // n) for n in (1, 2)):
+            if logits * lanes.N <= tile.most:
+                return Step(lanes, tile, T, S, True, *found, widen)
+    size = k.dtype.itemsize
+    tile = tiles.tpu(T, S, H, masked=masked, backward=backward, itemsize=size)
+    # Where keys are shared, each of them brings some heads of queries.
+    lanes = Lanes.of(N, K, H, max(256, tile.lanes * K // N) if masked else tile.lanes)
     if backward and masked and lanes.N * H > 1024:  # Nor would two key heads of many queries.
-        lanes = Lanes.of(N, K, H, tile.lanes // 2)
+        lanes = Lanes.of(N, K, H, 128)
     if backward and lanes.N * H > 1024 and tile.queries > 512:  # They would not fit.
         tile = dataclasses.replace(tile, queries=512, chunk=512)
     return Step(lanes, tile, T, S, masked, widen=widen)
@@ -205,19 +215,21 @@ def inputs(q, k, v, case, step):
         "k": whole,
         "v": whole,
     }
-    if case.intervals is not None:
+    if step.patterns:
+        arrays["unseen"] = x = _unseen(step.patterns)
+        specs["unseen"] = pl.BlockSpec(x.shape, lambda b, g, i: (0, 0, 0))
+    if step.listed:
         x, b0 = case.intervals, int(case.intervals.shape[0] > 1)
         arrays["intervals"] = x
         specs["intervals"] = pl.BlockSpec((1, x.shape[1], bq), lambda b, g, i: (b * b0, 0, i))
-        if step.listed:
-            kind = visits.kinds(visits.clip(x, S), S, bq, step.tile.keys)
-            order, counts = visits.Visits.of(kind)
-            arrays["visits"] = jnp.concatenate([counts, order], -1)[:, :, None]
-            specs["visits"] = pl.BlockSpec(
-                (1, 1, *arrays["visits"].shape[2:]),
-                lambda b, g, i: (b * b0, i, 0, 0),
-                memory_space=pltpu.SMEM,
-            )
+        kind = visits.kinds(visits.clip(x, S), S, bq, step.tile.listed)
+        order, counts = visits.Visits.of(kind)
+        arrays["visits"] = jnp.concatenate([counts, order], -1)[:, :, None]
+        specs["visits"] = pl.BlockSpec(
+            (1, 1, *arrays["visits"].shape[2:]),
+            lambda b, g, i: (b * b0, i, 0, 0),
+            memory_space=pltpu.SMEM,
+        )
     if case.bias is not None:
         b1, n1 = (int(n > 1) for n in case.bias.shape[:2])
         heads = lanes.N if n1 else 1
@@ -237,6 +249,15 @@ def inputs(q, k, v, case, step):
     return arrays, specs
 
 
+def _unseen(patterns: Sequence[np.ndarray]) -> Array:
+    """Patterns as what is added to logits, `[patterns, keys, queries]`."""
+    keys, queries = (max(p.shape[n] for p in patterns) for n in (0, 1))
+    x = np.full((len(patterns), keys, queries), 3 * LOW, np.float32)
+    for n, p in enumerate(patterns):
+        x[n, : p.shape[0], : p.shape[1]][p] = 0
+    return jnp.asarray(x)
+
+
 def _side_spec(x, rows, moves):
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda b, g, i: (0, 0))
@@ -244,48 +265,49 @@ def _side_spec(x, rows, moves):
     return pl.BlockSpec((1, rows, x.shape[2]), lambda b, g, i: (b * b2, i if moves else 0, 0))
 
 
-def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case, step):
+def _kernel(refs, o_ref, lse_ref, scr, *, case, step):
     lanes, H = step.lanes, step.lanes.H
     place = pl.program_id(1), pl.program_id(2)  # Not to be asked for inside of a loop.
 
     def keys():
-        clear_tail(k_scr, step, axis=1)
-        clear_tail(vt_scr, step, axis=2)
-        vt_scr[:, H:] = jnp.ones_like(vt_scr[:, H:])
+        if "k" in scr:
+            clear_tail(scr["k"], step, axis=1)
+        clear_tail(scr["vt"], step, axis=2)
+        scr["vt"][:, H:] = jnp.ones_like(scr["vt"][:, H:])
         by_rows(some_keys, step.S, step.windows, step)
 
     def some_keys(start, size):
         rows = pl.ds(start, size)
-        for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
-            k_scr[u, rows] = w
+        if "k" in scr:
+            for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
+                scr["k"][u, rows] = w
         vt = refs["v"][0, rows].T
         for j in range(lanes.K):
-            vt_scr[j, :H, rows] = vt[j * H : (j + 1) * H]
+            scr["vt"][j, :H, rows] = vt[j * H : (j + 1) * H]
 
     def some_queries(start, size):
         rows = pl.ds(start, size)
-        lay_apart(lanes, prepared(lanes, refs, "q", case.q, rows), q_scr, rows)
+        lay_apart(lanes, prepared(lanes, refs, "q", case.q, rows), scr["q"], rows)
 
     if step.blocks > 1:
         pl.when(place[1] == 0)(keys)
     else:
         keys()
-    by_rows(some_queries, step.tile.queries, lanes.N, step)
 
     def scores(chain, tile, bounds):
-        (head, chunk), (start, size) = chain, tile
-        q = q_scr[head, pl.ds(chunk, step.tile.chunk)]
-        k = k_scr[lanes.window(head), pl.ds(start, size)]
-        return logits(refs, q, k, place, head, chunk, start, case, step, bounds)
+        (head, first, count), (start, size) = chain, tile
+        q = scr["q"][head, pl.ds(first, count)]
+        k = keys_of(refs, scr, "k", head, pl.ds(start, size), step)
+        return logits(refs, q, k, place, head, first, start, case, step, bounds)
 
     def absorb(state, chain, tile, s, seen, _):
-        (head, _), (start, size) = chain, tile
+        (head, _, _), (start, size) = chain, tile
         if seen is not None:
             s = jnp.where(seen, s, 3 * LOW)
         new = s.max(0, keepdims=True)
         new = jnp.maximum(LOW, new) if state is None else jnp.maximum(state[0], new)
-        p = jnp.exp2(s - new).astype(vt_scr.dtype)
-        vt = vt_scr[lanes.key_head(head), :, pl.ds(start, size)]
+        p = jnp.exp2(s - new).astype(scr["vt"].dtype)
+        vt = scr["vt"][lanes.key_head(head), :, pl.ds(start, size)]
         acc = step.multiply(vt, p, contract=0)
         if state is not None:
             top, before = state
@@ -297,21 +319,24 @@ def _kernel(refs, o_ref, lse_ref, k_scr, vt_scr, q_scr, ot_scr, lse_scr, *, case
         return jnp.full((1, step.tile.chunk), LOW), acc
 
     def finish(state, chain):
-        (top, acc), (head, chunk) = state, chain
+        (top, acc), (head, first, count) = state, chain
         total = acc[H : H + 1]
         some = total > 0
         safe = jnp.where(some, total, 1.0)
         rows = pl.ds(head * H, H)
-        ot_scr[rows, pl.ds(chunk, step.tile.chunk)] = acc[:H] * (1 / safe)
+        scr["out"][rows, pl.ds(first, count)] = acc[:H] * (1 / safe)
         lse = jnp.where(some, (top + jnp.log2(safe)) / LOG2E, -jnp.inf)
-        lse_scr[head, :, pl.ds(chunk, step.tile.chunk)] = lse
-
-    sweep(refs, step, start, scores, absorb, finish)
+        scr["lse"][head, :, pl.ds(first, count)] = lse
 
     def write(start, size):
         rows = pl.ds(start, size)
-        o_ref[0, rows] = ot_scr[:, rows].T.astype(o_ref.dtype)
+        o_ref[0, rows] = scr["out"][:, rows].T.astype(o_ref.dtype)
 
-    by_rows(write, step.tile.queries, lanes.N, step)
-    for h in range(lanes.N):
-        lse_ref[0, 0, h : h + 1] = lse_scr[h]
+    def queries(alone):
+        by_rows(some_queries, step.tile.queries, lanes.N, step)
+        sweep(refs, step, start, scores, absorb, finish, alone=alone)
+        by_rows(write, step.tile.queries, lanes.N, step)
+        for h in range(lanes.N):
+            lse_ref[0, 0, h : h + 1] = scr["lse"][h]
+
+    one_or_many(refs, step, queries)

@@ -17,13 +17,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxformer.kernels import cost, parts
 from jaxformer.kernels import flash_tpu as forward
 from jaxformer.kernels.arithmetic import LOG2E
-from jaxformer.kernels.case import Case, Gradients
+from jaxformer.kernels.case import Case, Gradients, Side
 from jaxformer.kernels.flash_tpu import LOW
 from jaxformer.kernels.flash_tpu_tile import (
+    as_they_lie,
     by_rows,
     clear_tail,
+    keys_of,
     lay_apart,
     logits,
+    one_or_many,
     prepared,
     read_side,
     sweep,
@@ -83,9 +86,7 @@ def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
         )
     windows = (step.windows, step.rows, lanes.width)
     scratch = {
-        "k": pltpu.VMEM(windows, k.dtype),
         "kt": pltpu.VMEM((lanes.K, H, step.rows), k.dtype),
-        "v": pltpu.VMEM(windows, k.dtype),
         "dk": pltpu.VMEM(windows, jnp.float32),
         "dv": pltpu.VMEM(windows, jnp.float32),
         "q": pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
@@ -93,6 +94,9 @@ def _backward(q, k, v, case, out, lse, d_out, d_lse, *, interpret) -> Gradients:
         "stats": pltpu.VMEM((lanes.N, 2, step.tile.queries), jnp.float32),
         "dqt": pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
     }
+    for name, side in (("k", case.k), ("v", Side())):
+        if not as_they_lie(side, step):
+            scratch[name] = pltpu.VMEM(windows, k.dtype)
     found = pl.pallas_call(
         functools.partial(_kernel, case=case, step=step),
         grid=(B, groups, step.blocks),
@@ -137,22 +141,21 @@ def _kernel(refs, out, scr, *, case, step):
         do() if step.blocks == 1 else pl.when(place[1] == block)(do)
 
     at(0, lambda: _load_keys(refs, out, scr, case, step))
-    _load_queries(refs, scr, place[1], case, step)
     if "bias" in out and step.masked:
         out["bias"][...] = jnp.zeros_like(out["bias"])  # Not every tile is visited.
 
     def scores(chain, tile, bounds):
-        (head, chunk), (start, size) = chain, tile
-        window, keys = lanes.window(head), pl.ds(start, size)
-        q, g = (scr[n][head, pl.ds(chunk, step.tile.chunk)] for n in ("q", "d_out"))
-        k, v = scr["k"][window, keys], scr["v"][window, keys]
-        found = logits(refs, q, k, place, head, chunk, start, case, step, bounds)
+        (head, first, count), (start, size) = chain, tile
+        keys = pl.ds(start, size)
+        q, g = (scr[n][head, pl.ds(first, count)] for n in ("q", "d_out"))
+        k, v = (keys_of(refs, scr, n, head, keys, step) for n in ("k", "v"))
+        found = logits(refs, q, k, place, head, first, start, case, step, bounds)
         return *found, step.multiply(v, g, contract=1)
 
     def absorb(dqt, chain, tile, s, seen, slope, dp):
-        (head, chunk), (start, size) = chain, tile
+        (head, first, count), (start, size) = chain, tile
         window, keys = lanes.window(head), pl.ds(start, size)
-        queries = pl.ds(chunk, step.tile.chunk)
+        queries = pl.ds(first, count)
         lse, delta = (scr["stats"][head, n : n + 1, queries] for n in range(2))
         if seen is not None:
             s = jnp.where(seen, s, 3 * LOW)
@@ -172,11 +175,9 @@ def _kernel(refs, out, scr, *, case, step):
         return jnp.zeros((lanes.H, step.tile.chunk), jnp.float32)
 
     def finish(dqt, chain):
-        head, chunk = chain
+        head, first, count = chain
         rows = pl.ds(head * lanes.H, lanes.H)
-        scr["dqt"][rows, pl.ds(chunk, step.tile.chunk)] = dqt * case.scale
-
-    sweep(refs, step, start, scores, absorb, finish)
+        scr["dqt"][rows, pl.ds(first, count)] = dqt * case.scale
 
     def write(start, size):
         dq = scr["dqt"][:, pl.ds(start, size)].T
@@ -186,7 +187,12 @@ def _kernel(refs, out, scr, *, case, step):
             rest = _rest(place[1], start, step)
             _unprepare(refs, out, "q", lanes.split(dq), case.q, lanes, start, size, rest)
 
-    by_rows(write, step.tile.queries, lanes.N, step)
+    def queries(alone):
+        _load_queries(refs, scr, place[1], case, step)
+        sweep(refs, step, start, scores, absorb, finish, alone=alone)
+        by_rows(write, step.tile.queries, lanes.N, step)
+
+    one_or_many(refs, step, queries)
     at(step.blocks - 1, lambda: _store(refs, out, scr, case, step))
 
 
@@ -202,19 +208,21 @@ def _load_keys(refs, out, scr, case, step):
 
     def some(start, size):
         rows = pl.ds(start, size)
-        for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
-            scr["k"][u, rows] = w
-        for u, w in enumerate(lanes.split(refs["v"].at[0, rows])):
-            scr["v"][u, rows] = w
+        windows = {"k": prepared(lanes, refs, "k", case.k, rows)}
+        windows["v"] = lanes.split(refs["v"].at[0, rows])
+        for name in windows:
+            for u, w in enumerate(windows[name] if name in scr else ()):
+                scr[name][u, rows] = w
         for u in range(step.windows):
-            kt = scr["k"][u, rows].T
+            kt = keys_of(refs, scr, "k", u * lanes.heads * lanes.G, rows, step).T
             for slot in range(lanes.heads):
                 scr["kt"][u * lanes.heads + slot, :, rows] = kt[slot * H : (slot + 1) * H]
         for name in ("dk", "dv"):
             scr[name][:, rows] = jnp.zeros_like(scr[name][:, rows])
 
     for name in ("k", "v", "dk", "dv"):
-        clear_tail(scr[name], step, axis=1)
+        if name in scr:
+            clear_tail(scr[name], step, axis=1)
     clear_tail(scr["kt"], step, axis=2)
     by_rows(some, step.S, step.windows, step)
     for name in ("q_norm", "k_norm"):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -40,6 +41,22 @@ def prepared(lanes, refs, name, side, rows):
             yield lanes.prepare(w.astype(jnp.float32), read, side).astype(w.dtype)
 
 
+def as_they_lie(side, step) -> bool:
+    """True where a block of keys holds its windows as products take them."""
+    lanes = step.lanes
+    return side.plain and lanes.heads * lanes.H == lanes.width and step.rows == step.S
+
+
+def keys_of(refs, scr, name, head, rows, step) -> Array:
+    """Rows of the window of keys that a query head sees, of scratch or as they lie."""
+    window = step.lanes.window(head)
+    if name in scr:
+        return scr[name][window, rows]
+    first = window * step.lanes.width
+    first = first if isinstance(first, int) else pl.multiple_of(first, LANES)
+    return refs[name][0, rows, pl.ds(first, step.lanes.width)]
+
+
 def lay_apart(lanes, windows, scr, rows):
     """Lays windows of queries into scratch: one a head, the others' lanes 0."""
     for u, w in enumerate(windows):
@@ -55,11 +72,12 @@ def clear_tail(scr, step, *, axis):
         scr[tail] = jnp.zeros_like(scr[tail])
 
 
-def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
+def logits(refs, q, k, place, head, first, start, case, step, bounds):
     """Logits in base 2, `[keys, queries]`, who sees whom, and the slope of the soft-cap.
 
     `place`: the group of heads and the block of queries. `head` counts in the step,
-    `chunk` and `start` are the first query and key; see `visits.Spans` for `bounds`.
+    `first` and `start` are the first query and key. `bounds`: the rows of the intervals
+    that hold some query back, or the number of a pattern that is known.
     """
     # In float32: it would round q another time, and logits by 2^-9.
     factor = case.scale / case.softcap if case.softcap else case.scale * LOG2E
@@ -69,23 +87,25 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
         s, slope = t * (case.softcap * LOG2E), 1 - jnp.square(t)
     if case.bias is not None:
         n = head if refs["bias"].shape[1] > 1 else 0
-        bias = refs["bias"][0, n, pl.ds(chunk, q.shape[0]), pl.ds(start, k.shape[0])]
+        bias = refs["bias"][0, n, pl.ds(first, q.shape[0]), pl.ds(start, k.shape[0])]
         bias = bias.astype(jnp.float32).T * LOG2E
         if step.T % step.tile.queries:  # Beyond the queries lies anything, and NaN stays.
-            first = place[1] * step.tile.queries + chunk
-            query = first + lax.broadcasted_iota(jnp.int32, (1, q.shape[0]), 1)
+            before = place[1] * step.tile.queries + first
+            query = before + lax.broadcasted_iota(jnp.int32, (1, q.shape[0]), 1)
             bias = jnp.where(query < step.T, bias, 0.0)
         s += bias
-    index = start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
+    index = lax.broadcasted_iota(jnp.int32, s.shape, 0)
     if case.slopes is not None:
         group, block = place
         steep = refs["slopes"][group * step.lanes.N + head] * LOG2E
-        first = block * step.tile.queries + chunk + case.offset
-        query = first + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-        s -= steep * jnp.abs(query - index).astype(jnp.float32)
+        before = block * step.tile.queries + first + case.offset
+        query = before + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        s -= steep * jnp.abs(query - (start + index)).astype(jnp.float32)
+    if isinstance(bounds, int):
+        return s + refs["unseen"][bounds, : s.shape[0], : s.shape[1]], None, slope
     if not bounds:
         return s, None, slope
-    rows, seen = refs["intervals"][0, :, pl.ds(chunk, q.shape[0])], []
+    rows, seen = refs["intervals"][0, :, pl.ds(first, q.shape[0])] - start, []
     for n in range(0, rows.shape[0], 2):
         inside = []
         if n in bounds:
@@ -95,16 +115,30 @@ def logits(refs, q, k, place, head, chunk, start, case, step, bounds):
         if inside:
             seen.append(functools.reduce(jnp.logical_and, inside))
     seen = functools.reduce(jnp.logical_or, seen)
-    return s, seen & (index < step.S) if step.rows > step.S else seen, slope
+    return s, seen & (index < step.S - start) if step.rows > step.S else seen, slope
 
 
-def sweep(refs, step, start, scores, absorb, finish):
-    """Every head and chunk of queries over the tiles it sees.
+def one_or_many(refs, step, do):
+    """`do(alone)`, written twice where a list tells what is seen.
+
+    Once for a block that sees one entry of the list, and all of it (an image among packed
+    ones): what comes before and after is then no loop's and goes on beside its products.
+    """
+    if not step.listed:
+        return do(False)
+    whole, some = (refs["visits"][0, 0, 0, n] for n in range(2))
+    alone = jnp.logical_and(whole == 1, some == 1)
+    pl.when(alone)(lambda: do(True))
+    pl.when(jnp.logical_not(alone))(lambda: do(False))
+
+
+def sweep(refs, step, start, scores, absorb, finish, *, alone):
+    """Every head and chunk of queries over the tiles it sees; `alone`: one entry of a list.
 
     Some (head, chunk) chains go side by side, since a chain alone waits for itself:
     `scores` of the next ones are asked for before those at hand are absorbed.
     """
-    ahead = step.tile.ahead
+    ahead, keys, whole = step.tile.ahead, step.tile.keys, (0, step.tile.chunk)
     chunks = range(0, step.tile.queries, step.tile.chunk)
     side = max(1, step.tile.chains // len(chunks))
     side = max(n for n in range(1, min(side, step.lanes.N) + 1) if step.lanes.N % n == 0)
@@ -116,32 +150,52 @@ def sweep(refs, step, start, scores, absorb, finish):
         ready = []
         for at in range(len(items) + ahead):
             if at < len(items):
-                n, (start, size, bounds) = items[at]
-                ready.append(scores(chains[n], (start, size), bounds))
+                n, (tile, bounds, some) = items[at]
+                ready.append(scores(part(chains[n], some), tile, bounds))
             if at >= ahead:
-                n, (start, size, _) = items[at - ahead]
-                states[n] = absorb(states[n], chains[n], (start, size), *ready.pop(0))
+                n, (tile, _, some) = items[at - ahead]
+                states[n] = add(states[n], part(chains[n], some), tile, some, ready.pop(0))
         return states
 
+    def part(chain, some):
+        (head, chunk, _), (first, count) = chain, some
+        return head, chunk + first, count
+
+    def add(state, chain, tile, some, found):
+        if some == whole:
+            return absorb(state, chain, tile, *found)
+        here = slice(some[0], sum(some))
+        old = None if state is None else jax.tree.map(lambda x: x[:, here], state)
+        new = absorb(old, chain, tile, *found)
+
+        def put(x, y):
+            parts = x[:, : here.start], y, x[:, here.stop :]
+            return jnp.concatenate([p for p in parts if p.shape[1]], 1)
+
+        return jax.tree.map(put, start() if state is None else state, new)
+
     def heads(first):
-        chains = [(first + h, c) for h in range(side) for c in chunks]
+        chains = [(first + h, c, step.tile.chunk) for h in range(side) for c in chunks]
         see = listed if step.listed else every if step.spans is None else known
         for state, chain in zip(see(chains), chains, strict=True):
             finish(start() if state is None else state, chain)
 
     def known(chains):
-        spans = [step.spans[c // step.tile.chunk] for _, c in chains]
+        def tiles(pieces):
+            for start, size, what, some in pieces:
+                yield (start, size), () if what is None else what, some
+
+        spans = [list(tiles(step.spans[c // n])) for _, c, n in chains]
         return visit([None] * len(chains), chains, spans)
 
     def every(chains):
-        keys = step.tile.keys
-        spans = [(s, min(keys, step.S - s), ()) for s in range(0, step.S, keys)]
+        spans = [((s, min(keys, step.S - s)), (), whole) for s in range(0, step.S, keys)]
         many = max(1, step.tile.unrolled // len(chains))
         loops = step.S // keys // many if len(spans) > many else 0
 
         def body(n, states):
             base = pl.multiple_of(n * (many * keys), keys)
-            spans = [(base + m * keys, keys, ()) for m in range(many)]
+            spans = [((base + m * keys, keys), (), whole) for m in range(many)]
             return visit(list(states), chains, [spans] * len(chains))
 
         states = [None] * len(chains)
@@ -151,13 +205,15 @@ def sweep(refs, step, start, scores, absorb, finish):
         return visit(list(states), chains, [spans[loops * many :]] * len(chains))
 
     def listed(chains):
-        ref = refs["visits"]
+        ref, size = refs["visits"], step.tile.listed
 
         def body(bounds, n, states):
-            start = pl.multiple_of(ref[0, 0, 0, 2 + n] * step.tile.keys, step.tile.keys)
-            spans = [(start, step.tile.keys, bounds)]
-            return visit(list(states), chains, [spans] * len(chains))
+            first = pl.multiple_of(ref[0, 0, 0, 2 + n] * size, size)
+            tiles = [((first + at, keys), bounds, whole) for at in range(0, size, keys)]
+            return visit(list(states), chains, [tiles] * len(chains))
 
+        if alone:
+            return body((), 0, [None] * len(chains))
         full, total = ref[0, 0, 0, 0], ref[0, 0, 0, 1]
         states = [start() for _ in chains]
         every_bound = tuple(range(refs["intervals"].shape[1]))
@@ -165,7 +221,7 @@ def sweep(refs, step, start, scores, absorb, finish):
         return lax.fori_loop(full, total, functools.partial(body, every_bound), states)
 
     groups = step.lanes.N // side
-    tiles_each = len(chunks) * side * pl.cdiv(step.S, step.tile.keys)
+    tiles_each = len(chunks) * side * pl.cdiv(step.tile.listed if alone else step.S, keys)
     if groups == 1 or groups * tiles_each <= step.tile.unrolled:
         for n in range(groups):
             heads(n * side)

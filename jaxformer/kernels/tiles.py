@@ -4,6 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
+# Most bytes of a step's keys where a list tells which are seen: so much a v5p has room for.
+LISTED = 8 * 2**20
+
 
 def up(n: int, multiple: int) -> int:
     """`n` rounded up."""
@@ -15,7 +18,8 @@ class Tpu:
     """How a TPU kernel cuts its work, measured by the compiler's schedules.
 
     A grid step takes `queries`, in chunks of `chunk`, and heads that fill about `lanes`;
-    a tile is a chunk by `keys`. A chain of tiles waits for itself, so `chains` of them
+    a tile is a chunk by `keys`. Where a list tells what is seen, it does so of `listed` keys
+    at a time, some tiles. A chain of tiles waits for itself, so `chains` of them
     (heads, chunks) go side by side, and products are asked for `ahead` of the softmax
     that takes them. Up to `unrolled` tiles are written out without a loop; where the
     intervals are known, up to `most` logits. What is done to rows before and after the tiles
@@ -32,15 +36,24 @@ class Tpu:
     unrolled: int = 32
     most: int = 0
     written: int = 8192
+    listed: int = 0
 
 
-def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
-    """For `T` queries and `S` keys of head size `H`."""
+def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, itemsize: int = 2) -> Tpu:
+    """For `T` queries and `S` keys of head size `H`, of `itemsize` bytes a number."""
     many = {"unrolled": 8, "written": 4096} if backward else {}
     if masked:
         size = 256 if T < 2048 else 512
         queries = min(T, size)
-        return Tpu(queries, queries, size, 256, **many)
+        # Keys lie in VMEM whole. The gradients of both, which grow there, take three times
+        # their room; and of float32 all else is twice as large too.
+        most, ahead, room = (4 * H, 3, LISTED // 4) if backward else (8 * H, 6, LISTED)
+        most = min(most, 1024)
+        room = room if itemsize == 2 else room // 2
+        lanes = max(256, min(most, room // (S * itemsize)))
+        return Tpu(queries, queries, 256, lanes, ahead=ahead, listed=size, **many)
+    if T <= 512 and S == 512 and not backward:
+        return Tpu(T, T, 256, 512, ahead=6)
     if T <= 512:
         return Tpu(T, T, min(S, 512), 512, ahead=3, **many)
     queries = min(T, up(-(-T // -(-T // 1024)), 256))
@@ -54,8 +67,8 @@ def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool) -> Tpu:
 def tpu_known(T: int, S: int, H: int, *, backward: bool) -> Tpu:
     """For intervals that are known: all queries in one step, written out tile by tile."""
     chunk = T if T <= 256 else 256
-    most = 2_500_000 if backward else 5_000_000
-    return Tpu(up(T, chunk), chunk, 512, max(128, 2 * H), chains=64, ahead=6, most=most)
+    lanes, most = (2 * H, 3_500_000) if backward else (4 * H, 7_000_000)
+    return Tpu(up(T, chunk), chunk, 256, max(128, lanes), chains=64, ahead=6, most=most)
 
 
 @dataclasses.dataclass(frozen=True)

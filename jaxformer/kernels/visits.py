@@ -65,45 +65,58 @@ def kinds(intervals: Array, S: int, bq: int, bk: int) -> Array:
     return kind.astype(jnp.int32)
 
 
-# The keys each chunk of queries sees: (start, size, bounds). `bounds` are the rows of the
-# intervals that a query must be held against there; none, where all see all.
-Bounds = tuple[int, ...]
-Spans = tuple[tuple[tuple[int, int, Bounds], ...], ...]
+# The keys each chunk of queries sees: (start, size, what, some). `what` is the number of the
+# pattern by which its queries see them, or None, where all see all. `some` are the queries of
+# the chunk that see any of them, the first and how many.
+Some = tuple[int, int]
+Spans = tuple[tuple[tuple[int, int, int | None, Some], ...], ...]
 
 
-def spans(intervals: np.ndarray, S: int, chunk: int, most: int, grain: int = 128) -> Spans:
-    """The spans of known intervals, `[2 or 4, T]`, each of at most `most` keys.
+def spans(
+    intervals: np.ndarray, S: int, chunk: int, most: int, grain: int = 128
+) -> tuple[Spans, list[np.ndarray]]:
+    """The spans of known intervals, `[2 or 4, T]`, each of at most `most` keys; the patterns.
 
-    They begin and end at multiples of `grain`, but for the last.
+    They begin and end at multiples of `grain`, but for the last, and so do their queries.
+    A pattern is boolean `[keys, queries]`: who sees whom.
     """
-    T = intervals.shape[1]
-    rows = [intervals[:, first : first + chunk] for first in range(0, T, chunk)]
-    return tuple(tuple(_spans(np.clip(r, 0, S), S, most, grain)) for r in rows)
+    numbers: dict[tuple, int] = {}
+    patterns: list[np.ndarray] = []
+    found = []
+    for first in range(0, intervals.shape[1], chunk):
+        rows = intervals[:, first : first + chunk]
+        starts, stops, keys = rows[0::2, :, None], rows[1::2, :, None], np.arange(S)
+        seen = np.asarray(((keys >= starts) & (keys < stops)).any(0))
+        pieces = []
+        for start, size, whole, some in _spans(seen, chunk, most, grain):
+            what = None
+            if not whole:
+                pattern = seen[some[0] : sum(some), start : start + size].T
+                name = (pattern.shape, pattern.tobytes())
+                if name not in numbers:
+                    patterns.append(pattern)
+                what = numbers.setdefault(name, len(numbers))
+            pieces.append((start, size, what, some))
+        found.append(tuple(pieces))
+    return tuple(found), patterns
 
 
-def _spans(rows: np.ndarray, S: int, most: int, grain: int):
-    """Joins neighbours that are held against the same bounds."""
+def _spans(seen: np.ndarray, chunk: int, most: int, grain: int):
+    """Joins neighbours that the same queries see, wholly or not."""
+    S = seen.shape[1]
     start, cuts = 0, [*range(0, S, grain), S]
-    kinds = [_bounds(rows, a, b) for a, b in itertools.pairwise(cuts)]
+    kinds = [_kind(seen[:, a:b], chunk, grain) for a, b in itertools.pairwise(cuts)]
     for n, (kind, stop) in enumerate(zip(kinds, cuts[1:], strict=True)):
         if stop == S or kinds[n + 1] != kind or stop - start >= most:
             if kind is not None:
-                yield start, stop - start, kind
+                yield start, stop - start, *kind
             start = stop
 
 
-def _bounds(rows: np.ndarray, first: int, last: int) -> Bounds | None:
-    """What holds keys `first` to `last` back from some query; None: no query sees one."""
-    keys = np.arange(first, last)
-    starts, stops = rows[0::2, :, None], rows[1::2, :, None]
-    seen = (keys >= starts) & (keys < stops)
-    if not seen.any():
+def _kind(seen: np.ndarray, chunk: int, grain: int) -> tuple[bool, Some] | None:
+    """Whether the queries that see any of some keys see all, and which; None: no one does."""
+    groups = [n for n in range(0, len(seen), grain) if seen[n : n + grain].any()]
+    if not groups:
         return None
-    if seen.any(0).all():
-        return ()
-    bounds = []
-    for n, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        if seen[n].any():
-            bounds += [2 * n] if (start > first).any() else []
-            bounds += [2 * n + 1] if (stop < last).any() else []
-    return tuple(bounds)
+    start, stop = groups[0], min(chunk, groups[-1] + grain)
+    return bool(seen[start:stop].all()), (start, stop - start)

@@ -6,6 +6,7 @@ such value that reached a result would show.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,8 @@ CASES = {
     "all keys": plain(20, 300, 2, 2, 64, intervals=window(20, 999, 999)),
     "past": plain(5, 300, 2, 2, 64, B=2, intervals=causal(5, 295)),
     "packed": plain(300, 300, 2, 2, 64, intervals=packed(100, 190, 10)),
+    # The first two blocks see one tile, and all of it; the third sees some of the last.
+    "packed evenly": plain(600, 600, 2, 2, 64, intervals=packed(256, 256, 88)),
     "two spans": plain(300, 257, 4, 2, 64, B=2, intervals=spans(300, 257)),
     "no keys": plain(20, 24, 2, 2, 64, intervals=jnp.zeros((1, 2, 20), jnp.int32)),
     "known causal": plain(300, 300, 2, 2, 64, B=2, **known(causal(300))),
@@ -266,6 +269,22 @@ def test_rows_one_part_after_the_other_are_all_rows(name, monkeypatch):
     for name in ("tpu", "tpu_known"):
         monkeypatch.setattr(tiles, name, few(getattr(tiles, name)))
     same(jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d), whole)
+
+
+@pytest.mark.parametrize("T, H, K", [(4096, 128, 16), (2048, 256, 16), (2048, 128, 2)])
+def test_keys_of_a_list_leave_a_v5p_room(T, H, K):
+    """Of 64 MiB, where this chip, of all, has the least VMEM."""
+    q, k = (jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (16, K))
+    lse = jax.ShapeDtypeStruct((1, 16, T), jnp.float32)
+
+    def both(intervals, q, k, lse):
+        case = Case(intervals=intervals)
+        back = flash_tpu_backward.backward(q, k, k, case, q, lse, q)
+        return flash_tpu.forward(q, k, k, case), back
+
+    text = str(jax.make_jaxpr(both)(jnp.zeros((1, 2, T), jnp.int32), q, k, lse))
+    limits = [int(n) for n in re.findall(r"vmem_limit_bytes=(\d+)", text)]
+    assert len(limits) == 2 and max(limits) <= 64 * 2**20
 
 
 def test_refuses_what_it_cannot_do():

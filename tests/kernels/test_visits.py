@@ -23,34 +23,28 @@ def masks(draw):
     return np.array(rows[:T], np.int32).T[:one], S
 
 
-def seen_by(intervals, s, bounds=None):
-    """Which of the keys `s` each query sees, `[T, s]`, if held against some bounds alone."""
-    seen = np.zeros((intervals.shape[1], len(s)), bool)
-    for n in range(0, len(intervals), 2):
-        inside = np.ones_like(seen)
-        if bounds is None or n in bounds:
-            inside &= s >= intervals[n, :, None]
-        if bounds is None or n + 1 in bounds:
-            inside &= s < intervals[n + 1, :, None]
-        if bounds is None or {n, n + 1} & set(bounds):
-            seen |= inside
-    return seen if bounds != () else np.ones_like(seen)
+def seen_by(intervals, s):
+    """Which of the keys `s` each query sees, `[T, s]`."""
+    pairs = zip(intervals[::2, :, None], intervals[1::2, :, None], strict=True)
+    return np.any([(s >= start) & (s < stop) for start, stop in pairs], 0)
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(masks(), st.sampled_from([(8, 16, 8), (16, 32, 16), (64, 64, 4)]))
 def test_spans_cover_what_is_seen(mask, cut):
     (intervals, S), (chunk, most, grain) = mask, cut
-    found = visits.spans(intervals, S, chunk, most, grain)
+    found, patterns = visits.spans(intervals, S, chunk, most, grain)
     assert len(found) == -(-intervals.shape[1] // chunk)
     for n, pieces in enumerate(found):
         rows = intervals[:, n * chunk : (n + 1) * chunk]
         covered, made = np.zeros(S, int), np.zeros((rows.shape[1], S), bool)
-        for start, size, bounds in pieces:
+        for start, size, what, (first, count) in pieces:
             assert start % grain == 0 and 0 < size <= most
-            keys = np.arange(start, start + size)
+            assert first % grain == 0 and 0 < count <= chunk - first
+            assert count % grain == 0 or first + count == chunk
+            keys, some = slice(start, start + size), slice(first, first + count)
             covered[keys] += 1
-            made[:, keys] = seen_by(rows, keys, bounds)
+            made[some, keys] = True if what is None else patterns[what].T
         assert covered.max(initial=0) <= 1
         np.testing.assert_array_equal(made, seen_by(rows, np.arange(S)))
 

@@ -35,9 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the tpu ruler, which takes hours for all",
     )
     parser.add_argument("--sides", nargs="+", choices=("ours", "splash", "XLA"))
+    parser.add_argument(
+        "--heads", nargs="+", type=int, help="sizes of a head, of the tpu ruler"
+    )
     layers = parser.add_argument_group("which layers of the tpu ruler; all, if not told")
     layers.add_argument("--lengths", nargs="+", type=int)
-    layers.add_argument("--heads", nargs="+", type=int, help="sizes of a head")
     layers.add_argument(
         "--ways",
         nargs="+",

@@ -201,9 +201,11 @@ def cycles(program: Program, chip: str, shape: Shape, backward: bool) -> dict:
     }
 
 
-def cycles_of_kernels(chips: Iterable[str], quick: bool, only: Collection[str]) -> list[dict]:
+def cycles_of_kernels(
+    chips: Iterable[str], quick: bool, only: Collection[str], heads: Sequence[int] = (64, 128)
+) -> list[dict]:
     """Cycles a head of kernels by their final schedules, ours beside splash's."""
-    heads = (64,) if quick else (64, 128)
+    heads = (64,) if quick else heads
     jobs, rows = [], []
     for chip, H, backward in itertools.product(chips, heads, (False, True)):
         for T in (1024,) if quick else (*LENGTHS, 197, 257, 320):
@@ -228,9 +230,11 @@ def _cycles(jobs: list[Job], rows: list[dict]) -> list[dict]:
     return rows
 
 
-def price_of_masks(chips: Iterable[str], quick: bool, only: Collection[str]) -> list[dict]:
+def price_of_masks(
+    chips: Iterable[str], quick: bool, only: Collection[str], heads: Sequence[int] = (64, 128)
+) -> list[dict]:
     """Cycles by useful area of structured masks, against no mask at the same length."""
-    heads = (64,) if quick else (64, 128)
+    heads = (64,) if quick else heads
     jobs, rows = [], []
     for chip, H, backward in itertools.product(chips, heads, (False, True)):
         for name, (T, make) in MASKS.items():
@@ -293,12 +297,12 @@ def run(
 ) -> dict:
     """Everything that can be told of attention on TPUs from here, or some parts of it.
 
-    `which` layers: `lengths`, `heads` and `ways`.
+    `which`: the `heads` (their sizes), and of layers `lengths` and `ways`.
     """
     found = {}
     for part in parts:
         print(TITLES[part], flush=True)
-        more = which if part == "layers" else {}
+        more = which if part == "layers" else {n: x for n, x in which.items() if n == "heads"}
         found[part] = PARTS[part](list(chips), quick, tuple(sides), **more)
     return found
 

@@ -10,6 +10,7 @@ from evaluate.encoder import Encoder, Look
 from evaluate.features import Features, num_classes, pooled
 from evaluate.run import Trained
 from jaxformer import distances, metrics
+from jaxformer.data import statistics
 from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
 
@@ -49,7 +50,7 @@ class Drawn:
             )
         self.encoder.check()
         if self.reference is not None:
-            held = distances.load(self.reference)
+            held = statistics.load(self.reference)
             if held.encoder != self.encoder.name:
                 raise InputError(
                     f"{self.reference}: is of {held.encoder or 'an encoder without a name'}, "
@@ -80,7 +81,7 @@ class Drawn:
         if self.reference is None:
             reference = distances.statistics(real, name, self.size)
         else:
-            reference = distances.load(self.reference)
+            reference = statistics.load(self.reference)
         found = self._beside(reference, real, drawn, name)
         if self.classifier:
             found |= _classified(logits, None if given is None else labels)

@@ -14,6 +14,7 @@ import jax
 from evaluate.drawn import Drawn
 from evaluate.encoder import Look
 from jaxformer import distances
+from jaxformer.data import statistics
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.program import entry, writing
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     found = reference(task)
     with writing():
-        distances.save(args.file, found)
+        statistics.save(args.file, found)
     print(f"{args.file}: {found.count} pictures seen by {found.encoder}, hash {found.digest}")
     return 0
 

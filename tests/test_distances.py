@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 
+from jaxformer.data.statistics import load, save
 from jaxformer.distances import (
     Statistics,
     frechet,
     inception_score,
     kernel_distance,
-    load,
     precision_recall,
     root,
-    save,
     statistics,
 )
 from jaxformer.errors import InputError

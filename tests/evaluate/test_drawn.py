@@ -20,6 +20,7 @@ from evaluate.reference import main, reference
 from evaluate.report import table
 from evaluate.run import Trained
 from jaxformer import distances
+from jaxformer.data import statistics
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
@@ -124,14 +125,14 @@ def test_a_judgement_is_that_of_all_rows_on_any_mesh(devices, batch):
 def test_a_file_of_statistics_is_the_reference(tmp_path):
     """Written of what the encoder sees of the real pictures, it changes no number."""
     path = str(tmp_path / "real.npz")
-    distances.save(path, reference(TASK))
+    statistics.save(path, reference(TASK))
     by_file = dataclasses.replace(TASK, reference=path)
     by_file.check()
     found, alone = by_file.run(model()), TASK.run(model())
     assert found["frechet"].value() == pytest.approx(alone["frechet"].value(), rel=1e-4)
     told = [one["protocol"].value()["reference"] for one in (found, alone)]
-    assert told[0] == distances.load(path).digest
-    distances.save(path, dataclasses.replace(reference(TASK), mean=np.full(3, 9.0)))
+    assert told[0] == statistics.load(path).digest
+    statistics.save(path, dataclasses.replace(reference(TASK), mean=np.full(3, 9.0)))
     assert by_file.run(model())["frechet"].value() > 100
 
 
@@ -153,7 +154,7 @@ def test_a_task_that_judges_nothing_has_no_reference(capsys):
 def test_statistics_of_another_encoder_or_size_are_refused(fields, message, tmp_path):
     path = str(tmp_path / "real.npz")
     held = distances.statistics(np.eye(3), Toy.name, (2, 2))
-    distances.save(path, dataclasses.replace(held, **fields))
+    statistics.save(path, dataclasses.replace(held, **fields))
     with pytest.raises(InputError, match=message):
         dataclasses.replace(TASK, reference=path).check()
 

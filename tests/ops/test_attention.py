@@ -286,7 +286,8 @@ def test_values_gradients_and_tangents_equal_float64(impl, name, monkeypatch):
     eps = float(jnp.finfo(jnp.float32).eps)
     for part, x in found.items():
         finite = np.abs(exact[part][np.isfinite(exact[part])]).max(initial=1e-6)
-        allowed = 2 * errors[part] + 8 * eps * finite
+        # Plain attention may be lucky: sums round otherwise on another kind of processor.
+        allowed = 2 * errors[part] + 16 * eps * finite
         if part == "lse" and not forward:  # A kernel may sum the weights as it rounds them.
             allowed = max(allowed, float(jnp.finfo(CASES[name].dtype).eps) / 2)
         assert far_from(x, exact[part]) <= allowed, part

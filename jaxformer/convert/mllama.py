@@ -139,7 +139,8 @@ def _config(model: Any) -> dict[str, Any] | None:
         "model_type": "mllama",
         "image_token_index": model.image,
         "vision_config": {"model_type": "mllama_vision_model", **vision},
-        "text_config": {"model_type": "mllama_text_model", **text},
+        # Whose padding is the tokenizer's; the default is beyond a small vocabulary.
+        "text_config": {"model_type": "mllama_text_model", "pad_token_id": None, **text},
     }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.convert import language, opt, parts, towers
-from jaxformer.convert.config import activation_of, name_of, number
+from jaxformer.convert.config import activation_of, name_of, number, part
 from jaxformer.convert.engine import Entry, Family
 from jaxformer.convert.files import Stored
 from jaxformer.errors import InputError
@@ -37,15 +37,8 @@ _NAMES = {
 }
 
 
-def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"config.json: {name} must be an object, not {found!r}")
-    return dict(found)
-
-
 def _model(config: dict[str, Any], names: set[str], dtype: Any) -> VLM:
-    told = _part(config, "text_config")
+    told = part(config, "text_config")
     kind = told.get("model_type", "opt")
     if kind != "opt":
         raise InputError(
@@ -60,7 +53,7 @@ def _model(config: dict[str, Any], names: set[str], dtype: Any) -> VLM:
             "places the queries stand; write it there"
         )
     former = _former(config, text.table.width, dtype)
-    return VLM(_tower(_part(config, "vision_config"), dtype), former, text, image)
+    return VLM(_tower(part(config, "vision_config"), dtype), former, text, image)
 
 
 def _tower(config: dict[str, Any], dtype: Any) -> Encoder:
@@ -75,7 +68,7 @@ def _tower(config: dict[str, Any], dtype: Any) -> Encoder:
 
 
 def _former(config: dict[str, Any], width: int, dtype: Any) -> QFormer:
-    told = _part(config, "qformer_config")
+    told = part(config, "qformer_config")
     language.refuse(told, use_qformer_text_input=False)
     D, N = (
         number(told, "hidden_size", _BERT.width),
@@ -216,7 +209,7 @@ def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
 def _unpack(config: Mapping[str, Any], tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Without a head that is tied."""
     inner = {n.removeprefix(_TEXT): x for n, x in tensors.items() if n.startswith(_TEXT)}
-    kept = opt.OPT.unpack(_part(config, "text_config"), inner)
+    kept = opt.OPT.unpack(part(config, "text_config"), inner)
     rest = {n: x for n, x in tensors.items() if not n.startswith(_TEXT)}
     return rest | {f"{_TEXT}{name}": x for name, x in kept.items()}
 

@@ -79,3 +79,11 @@ def labels(count: int) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }
+
+
+def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The config within a config."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"config.json: {name} must be an object, not {found!r}")
+    return dict(found)

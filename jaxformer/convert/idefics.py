@@ -7,14 +7,13 @@ image is the tokenizer's matter there: ours is written as `image_token_id`.
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxformer.convert import clip, language, parts, rotary, towers
-from jaxformer.convert.config import number
+from jaxformer.convert.config import number, part
 from jaxformer.convert.engine import Entry, Family
 from jaxformer.errors import InputError
 from jaxformer.layers.attention import Attention, Scores
@@ -44,17 +43,10 @@ _EPSILON = 1e-5  # of the resampler's norms.
 _RESAMPLER = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "output_proj"}
 
 
-def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"config.json: {name} must be an object, not {found!r}")
-    return dict(found)
-
-
 def _model(config: dict[str, Any], names: set[str], dtype: Any) -> Flamingo:
     known = {"additional_vocab_size": 0, "alpha_type": "float"}
     language.refuse(config, **known)
-    told = _VISION | _part(config, "vision_config")
+    told = _VISION | part(config, "vision_config")
     told["hidden_size"] = told.pop("embed_dim")
     tower: Any = clip.CLIP_VISION.model(told, set(), dtype)
     vision = Early(dataclasses.replace(tower, norm=None), (tower.norm,))
@@ -72,7 +64,7 @@ def _model(config: dict[str, Any], names: set[str], dtype: Any) -> Flamingo:
 def _connector(config: dict[str, Any], width: int, dtype: Any) -> Any:
     if not config.get("use_resampler", False):
         return Chain(())
-    told = _part(config, "perceiver_config")
+    told = part(config, "perceiver_config")
     language.refuse(told, qk_layer_norms_perceiver=False)
     heads, size = (
         number(told, "resampler_n_heads", 16),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.convert import language, parts, rotary
-from jaxformer.convert.config import activation_of, name_of, number
+from jaxformer.convert.config import activation_of, name_of, number, part
 from jaxformer.convert.engine import Entry, Family
 from jaxformer.convert.stacks import layers_of
 from jaxformer.errors import InputError
@@ -35,10 +35,7 @@ _LLAMA = {"rms_norm_eps": _EPSILON, "num_key_value_heads": 8, "num_hidden_layers
 
 
 def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"config.json: {name} must be an object, not {found!r}")
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in part(config, name).items() if value is not None}
 
 
 def _numbers(config: Mapping[str, Any], name: str, default: list[int]) -> list[int]:

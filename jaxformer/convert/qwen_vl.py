@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxformer.convert import language, llama, parts, vlm
-from jaxformer.convert.config import activation_of, name_of, number
+from jaxformer.convert import language, llama, parts
+from jaxformer.convert.config import activation_of, name_of, number, part
 from jaxformer.convert.engine import Entry, Family
 from jaxformer.convert.files import Stored
 from jaxformer.convert.stacks import arrange, layers_of
@@ -65,7 +65,7 @@ class Kind:
     def model(self, config: dict[str, Any], names: set[str], dtype: Any) -> NativeVLM:
         """The model of a config."""
         text: Any = self.language.model(self.told(config), names, dtype)
-        seen = dict(self.vision) | vlm.part(config, "vision_config")
+        seen = dict(self.vision) | part(config, "vision_config")
         ids = []
         for name, default in (("image_token_id", _IMAGE), ("video_token_id", _VIDEO)):
             ids.append(config.get(name, default))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.convert import clip, engine, gemma, language, llama, parts, siglip, towers
-from jaxformer.convert.config import activation_of, name_of
+from jaxformer.convert.config import activation_of, name_of, part
 from jaxformer.convert.engine import Entry, Family
 from jaxformer.convert.files import Stored
 from jaxformer.errors import InputError
@@ -251,14 +251,6 @@ class _PaliGemma(Kind):
 
     def projector(self, connector):
         return parts.linear("connector/out", f"{PROJECTOR}linear")
-
-
-def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The config within a config."""
-    found = config.get(name) or {}
-    if not isinstance(found, dict):
-        raise InputError(f"config.json: {name} must be an object, not {found!r}")
-    return dict(found)
 
 
 def _within(prefix: str, names: set[str]) -> set[str]:

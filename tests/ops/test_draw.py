@@ -21,6 +21,28 @@ def test_a_tail_of_tiny_entries_is_drawn_as_often_as_it_weighs(key):
     assert sum(x > 0 for x in usual) < 2  # and not 4.8: such an entry needs luck twice.
 
 
+@pytest.mark.slow
+def test_a_reveal_of_one_in_a_thousand_is_as_rare_as_that():
+    """Of a mask and 50k tokens that share a chance of 1e-3, as one step of many leaves it."""
+    V, chance, size, count = 50_000, 1e-3, 500, 40
+    logits = jnp.full(V + 1, jnp.log(chance / V)).at[0].set(jnp.log1p(-chance))
+    fast = {"xla_backend_optimization_level": 3}  # Tests have none: a thousand million numbers.
+
+    def usual(key):
+        return (jax.random.categorical(key, logits, shape=(size,)) > 0).sum()
+
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), count)
+    theirs = int(jax.jit(lambda k: jax.lax.map(usual, k), compiler_options=fast)(keys).sum())
+    many = jax.random.split(jax.random.key(1), 10 * count * size)
+    drawn = jax.jit(jax.vmap(draw, (0, None)), compiler_options=fast)
+    ours = int((drawn(many, logits) > 0).sum())
+    print(f"ours {ours} of {len(many)}, jax.random.categorical {theirs} of {count * size}")
+    expected = chance * len(many)
+    assert abs(ours - expected) < 3 * expected**0.5
+    expected = chance * count * size
+    assert theirs < expected - 3 * expected**0.5
+
+
 @pytest.mark.parametrize("V", [1, 2, 10, 17])
 def test_each_entry_is_drawn_by_its_probability(V, key):
     logits = 2 * jax.random.normal(key, (V,))

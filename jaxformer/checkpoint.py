@@ -2,7 +2,8 @@
 
 Orbax gives the asynchronous, atomic, sharded save. It does not notice a flipped bit in
 array data, so each leaf has a digest here, computed where the leaf lies: the same number
-on any mesh, and certain to change when one element does.
+on any mesh, and certain to change when one element does. A list of the files, with their
+sizes and digests, is written last: it also proves the bytes that a restore does not read.
 """
 
 import hashlib
@@ -27,6 +28,8 @@ class Damaged(InputError):
 
 # Items of one checkpoint: arrays, data iterator, experiment, digests.
 _ITEMS = ("state", "data", "experiment", "digests")
+_FILES = "files.json"  # The list of the others.
+_WHOLE = 64 << 20  # Bytes up to which a file has a digest: greater ones are leaves, which have.
 
 
 def open_manager(
@@ -45,6 +48,12 @@ def open_manager(
       metric: a name in the metrics that `save` is given; the greatest is the best, or
         the smallest where a minus stands before the name.
     """
+    root = pathlib.Path(directory).absolute()
+
+    def finish() -> None:  # One process calls it: all is written, and has no name yet.
+        (folder,) = root.glob("*.orbax-checkpoint-tmp")
+        _list_files(folder)
+
     preservation = ocp.checkpoint_managers.preservation_policy
     policies: list[Any] = [preservation.LatestN(last)]
     score: Callable[[dict[str, float]], float] | None = None
@@ -65,11 +74,10 @@ def open_manager(
         best_fn=score,  # Else Orbax does not write the metrics, and a restart forgets them.
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=finish),
     )
     try:
-        return ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS
-        )
+        return ocp.CheckpointManager(root, options=options, item_names=_ITEMS)
     except OSError as error:
         raise InputError(
             f"{directory}: checkpoints cannot be written there ({error.strerror}); choose "
@@ -99,6 +107,7 @@ def save(
         "state": digest(state),
         "data": _sha(data.get_state()),
         "experiment": _sha(experiment),
+        "files": _FILES,
     }
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
@@ -177,6 +186,8 @@ def restore(
     with _told(directory, step):
         folder = pathlib.Path(directory).absolute() / str(step)
         proof = _read(folder / "digests", ocp.JsonCheckpointHandler())
+        if "files" in proof or (folder / _FILES).exists():  # Older ones have no list.
+            _check_files(folder)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             saved = reader.metadata(folder / "state").item_metadata.tree
             _match(saved, target, part, directory, step)
@@ -196,6 +207,32 @@ def restore(
             if proof["data"] != _sha(data.get_state()):
                 raise ValueError("the data iterator's digest does not match")
         return state
+
+
+def _list_files(folder: pathlib.Path) -> None:
+    """Writes down what the files of a checkpoint are, but for those that its commit writes."""
+    others = (_FILES, "_CHECKPOINT_METADATA")
+    paths = (p for p in folder.rglob("*") if p.is_file() and p.name not in others)
+    files = {str(p.relative_to(folder)): _file(p) for p in sorted(paths)}
+    (folder / _FILES).write_text(json.dumps({"files": files, "digest": _sha(files)}))
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Raises ValueError where a file is not what it was, or FileNotFoundError."""
+    found = json.loads((folder / _FILES).read_text())
+    if found["digest"] != _sha(found["files"]):
+        raise ValueError(f"the digest of {_FILES} does not match")
+    broken = [name for name, file in found["files"].items() if _file(folder / name) != file]
+    if broken:
+        raise ValueError(f"{', '.join(broken)}: not the bytes that were written")
+
+
+def _file(path: pathlib.Path) -> dict[str, Any]:
+    """Its size and, if it is not great, SHA-256."""
+    size = path.stat().st_size
+    if size > _WHOLE:
+        return {"size": size}
+    return {"size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def digest(tree: PyTree) -> dict[str, tuple[int, int]]:

@@ -158,20 +158,74 @@ def array_files(folder):
     return sorted((p for p in files if p.parent.name == "d"), key=lambda p: -p.stat().st_size)
 
 
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
-def test_a_flipped_bit_is_found(place, saved, tmp_path):
-    folder = copied(saved, tmp_path)
-    victim = array_files(folder)[0]
-    data = bytearray(victim.read_bytes())
+def flip(path, place):
+    data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 4
-    victim.write_bytes(data)
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_found_by_its_leaf(place, saved, tmp_path, monkeypatch):
+    """As in a file that is too great for a digest of its own."""
+    monkeypatch.setattr(checkpoint, "_check_files", lambda folder: None)
+    folder = copied(saved, tmp_path)
+    flip(array_files(folder)[0], place)
     with pytest.raises(InputError, match=r"checkpoints/3 is damaged: .*go back to step 2"):
         checkpoint.restore(folder, 3, shapes(saved[1]))
 
 
-def damage_truncate(folder):
+def written(folder):
+    """What is written before a checkpoint gets its name; Orbax writes two files at that."""
+    last = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in last)
+
+
+def test_any_file_that_is_changed_or_gone_is_found(saved, tmp_path):
+    """Also one that a restore does not read, such as the tree of each process's own file."""
+    folder = copied(saved, tmp_path)
+    for path in written(folder / "3"):
+        whole = path.read_bytes()
+        for wrong in (lambda p: flip(p, 0.5), cut, pathlib.Path.unlink):
+            wrong(path)
+            with pytest.raises(checkpoint.Damaged, match="checkpoints/3 is damaged"):
+                checkpoint.restore(folder, 3, shapes(saved[1]))
+            path.write_bytes(whole)
+    assert checkpoint.restore(folder, 3, shapes(saved[1])), "whole again"
+
+
+def test_of_a_great_file_only_the_size_is_listed(saved, tmp_path, monkeypatch):
+    folder = copied(saved, tmp_path)
     victim = array_files(folder)[0]
-    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    monkeypatch.setattr(checkpoint, "_WHOLE", victim.stat().st_size - 1)
+    checkpoint._list_files(folder / "3")
+    flip(victim, 0.5)
+    checkpoint._check_files(folder / "3")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not the bytes that were written"):
+        checkpoint._check_files(folder / "3")
+
+
+def test_one_that_was_written_before_files_were_listed_is_read(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_list_files", lambda folder: None)
+    manager = checkpoint.open_manager(tmp_path / "c")
+    checkpoint.save(manager, 1, {"x": jnp.ones(2)}, batches(), {})
+    manager.close()
+    target = shapes({"x": jnp.ones(2)})
+    with pytest.raises(checkpoint.Damaged, match=r"files.json"):
+        checkpoint.restore(tmp_path / "c", 1, target)
+    digests = tmp_path / "c" / "1" / "digests" / "metadata"
+    proof = json.loads(digests.read_text())
+    del proof["files"]
+    digests.write_text(json.dumps(proof))
+    assert checkpoint.restore(tmp_path / "c", 1, target)
+
+
+def damage_truncate(folder):
+    cut(array_files(folder)[0])
 
 
 def damage_delete(folder):

@@ -1,5 +1,3 @@
-import operator
-
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jaxformer.ops.mask import (
     Twice,
     Window,
 )  # fmt: skip
+from tests.ops.random_masks import random_masks
 
 IDS = jnp.array([[1, 1, 2, 2, 0]])
 
@@ -173,29 +172,6 @@ def test_torn_segments_are_told_where_the_ids_are_at_hand():
     with pytest.raises(ValueError, match=r"q_ids \(1, 5\) has an id in two places"):
         torn.check(5, 5)
     jax.jit(lambda mask: mask.dense(5, 5))(torn)
-
-
-def random_masks(T, S):
-    index = st.integers(-3, max(T, S) + 3)
-
-    def rows(width, values):
-        row = st.lists(values, min_size=width, max_size=width)
-        return st.lists(row, min_size=2, max_size=2).map(lambda x: jnp.array(x, jnp.int32))
-
-    # Sorted ids stand side by side; 0 may stand between.
-    ids = lambda n: rows(n, st.integers(0, 4)).map(lambda x: jnp.sort(x, axis=1))  # noqa: E731
-    leaf = st.one_of(
-        st.just(Full()),
-        st.builds(Causal, index),
-        st.builds(Window, st.none() | st.integers(0, 4), st.none() | st.integers(0, 4)),
-        rows(1, index).map(lambda x: Prefix(x[:, 0])),
-        st.builds(Segments, ids(T), ids(S)),
-        st.builds(Spans, rows(2, index), rows(2, index)),
-    )
-    join = st.sampled_from([operator.and_, operator.or_])
-    return st.recursive(
-        leaf, lambda m: st.builds(lambda f, a, b: f(a, b), join, m, m), max_leaves=4
-    )
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)

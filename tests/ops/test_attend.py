@@ -110,6 +110,22 @@ def test_memory_does_not_grow_with_the_square(impl, transform):
     assert long < 8192 * 8192 * 4 / 16
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_an_accelerator_without_its_kernel_says_so_and_holds_few_logits(platform):
+    x = jax.ShapeDtypeStruct((1, 1024, 1, 16), jnp.float32)
+
+    def lowered(impl):
+        f = lambda *x: attend(*x, mask=Unruly(), impl=impl).sum()  # noqa: E731
+        grad = jax.jit(jax.grad(f, (0, 1, 2)))
+        return jax.export.export(grad, platforms=[platform])(x, x, x).mlir_module()
+
+    name = {"cuda": "gpu"}.get(platform, platform)
+    told = f"attend on {platform}: chunked;.* not {name}: Unruly has no intervals"
+    with pytest.warns(UserWarning, match=told):
+        text = lowered("auto")
+    assert "1024x1024x" in lowered("reference") and "1024x1024x" not in text
+
+
 def test_lengths_do_not_compile_anew(key):
     q, k, v = arrays(key)
     compiled = []

@@ -2,23 +2,29 @@
 
 `--ruler gpu` times ours beside cuDNN, XLA and tokamax; `--ruler tpu` needs libtpu but no
 TPU, and reads bytes and cycles beside jax's splash (minutes; `--quick` is one shape);
-`--ruler cpu` is time and memory of the path in chunks beside all logits at once. Without
+`--ruler cpu` is time and memory of the path in chunks beside all logits at once, memory by
+the high-water mark of a process of its own and, at lengths where dense attention would not
+fit, by what the compiler asks for; `--clock cpu` is as in `evaluate.speed vit`. Without
 `--ruler` it is gpu where there is one, else cpu.
 """
 
 import argparse
 import importlib.metadata
+import pathlib
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from evaluate.speed.vit import CLOCKS, high_water
 from jaxformer.ops.attention import attend
 
 HEADS, HEAD = 4, 64
 TIMED, SIZED = (256, 1024, 4096), (1024, 4096, 16_384)
+SIDES = ("auto", "chunked", "reference")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads", nargs="+", type=int, help="sizes of a head, of the tpu ruler"
     )
+    parser.add_argument("--clock", choices=CLOCKS, help="of the cpu ruler; default: wall")
     layers = parser.add_argument_group("which layers of the tpu ruler; all, if not told")
     layers.add_argument("--lengths", nargs="+", type=int)
     layers.add_argument(
@@ -53,6 +60,7 @@ def run(
     ruler: str | None = None,
     quick: bool = False,
     chips: Sequence[str] = ("v5e", "v5p", "v6e"),
+    clock: str = "wall",
     **which,
 ) -> dict:
     """Measures by one ruler and prints its table."""
@@ -69,37 +77,59 @@ def run(
 
         compiler = {"libtpu": importlib.metadata.version("libtpu"), "chips": list(chips)}
         return {"ruler": ruler, **compiler, **attention_tpu.run(chips, quick, **which)}
-    return {"ruler": ruler, "rounds": rounds, **cpu(rounds, quick)}
+    return {"ruler": ruler, "rounds": rounds, "clock": clock, **cpu(rounds, quick, clock)}
 
 
-def cpu(rounds: int, quick: bool) -> dict:
-    """Forward and backward in float32: time, and bytes of temporaries."""
+def cpu(rounds: int, quick: bool, clock: str = "wall") -> dict:
+    """Forward and backward in float32: time, bytes of a process, and of temporaries."""
     short, long = (TIMED[:1], SIZED[-1:]) if quick else (TIMED, SIZED)
+    now = CLOCKS[clock]
     timed, sized = [], []
     print(f"attention on a CPU, forward + backward, float32, {HEADS} heads of {HEAD}")
     for T in short:
         q = jax.random.normal(jax.random.key(0), (1, T, HEADS, HEAD))
-        steps = {impl: _compiled(impl, T) for impl in ("auto", "chunked", "reference")}
+        steps = {impl: _compiled(impl, T) for impl in SIDES}
         taken: dict[str, list[float]] = {impl: [] for impl in steps}
         for turn in range(rounds + 1):
             for impl, step in steps.items():
-                start = time.perf_counter()
+                start = now()
                 jax.block_until_ready(step(q, q, q, q))
                 if turn:  # The first one warms up.
-                    taken[impl].append(time.perf_counter() - start)
+                    taken[impl].append(now() - start)
         dense = taken["reference"]
         for impl, seconds in taken.items():
             ratio = statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
             row = {"T": T, "side": impl, "median_ms": 1e3 * statistics.median(seconds)}
-            timed.append(row | {"ratio_to_dense": ratio})
-            print(f"  T={T:<6} {impl:<10} {row['median_ms']:9.1f} ms  {ratio:.2f} x dense")
+            row |= {"ratio_to_dense": ratio, "process": None if quick else process(impl, T)}
+            timed.append(row)
+            told = "" if quick else f"  {row['process'] / 2**20:7.1f} MiB of a process"
+            told = f"{row['median_ms']:9.1f} ms  {ratio:.2f} x dense{told}"
+            print(f"  T={T:<6} {impl:<10} {told}")
     for T in long:
-        for impl in ("auto", "chunked", "reference"):
+        for impl in SIDES:
             stats = _compiled(impl, T).memory_analysis()
             size = stats.temp_size_in_bytes if stats else 0
             sized.append({"T": T, "side": impl, "temporaries": size})
-            print(f"  T={T:<6} {impl:<10} {size / 2**20:9.1f} MiB")
+            print(f"  T={T:<6} {impl:<10} {size / 2**20:9.1f} MiB of temporaries")
     return {"timed": timed, "sized": sized}
+
+
+def process(impl: str, T: int) -> int:
+    """The high-water mark of a process that takes two steps, beyond what it held before."""
+    code = f"from evaluate.speed.attention import alone; alone({impl!r}, {T})"
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def alone(impl: str, T: int) -> None:
+    """Takes two steps of one side and prints the memory that they took."""
+    jax.config.update("jax_platforms", "cpu")
+    q, step = jax.random.normal(jax.random.key(0), (1, T, HEADS, HEAD)), _compiled(impl, T)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # What compiling took is forgotten.
+    before = high_water()
+    for _ in range(2):
+        jax.block_until_ready(step(q, q, q, q))
+    print(high_water() - before)
 
 
 def _compiled(impl, T: int):

@@ -26,7 +26,8 @@ def _head(run: dict) -> str:
         return f"Compiled ahead of time by libtpu {run['libtpu']}; no TPU was used. {told}"
     if run["ruler"] == "gpu":
         return f"TFLOP/s by useful area on {where}, bf16, medians. {told}"
-    return f"On {where}, float32, forward + backward, medians. {told}"
+    clock = "CPU seconds" if run.get("clock") == "cpu" else "the wall's clock"
+    return f"On {where}, float32, forward + backward, medians by {clock}. {told}"
 
 
 TPU = {
@@ -65,8 +66,10 @@ def _cpu(found: dict) -> list[str]:
     sides = ("auto", "chunked", "reference")
     mib = [r | {"MiB": r["temporaries"] / 2**20} for r in found["sized"]]
     times = _pivot(found["timed"], ("T",), sides, "median_ms")
+    alone = [r | {"MiB": r["process"] / 2**20} for r in found["timed"] if r.get("process")]
     return [
         f"Milliseconds\n\n{times}",
+        *(["A process, MiB\n\n" + _pivot(alone, ("T",), sides, "MiB")] if alone else []),
         "Temporaries, MiB\n\n" + _pivot(mib, ("T",), sides, "MiB"),
     ]
 

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from evaluate.speed import attention_tpu, bundles, rivals, table
+from evaluate.speed import attention, attention_tpu, bundles, rivals, table
 from evaluate.speed.tpu import Job, Program, compile_for, moved_bytes, programs, steering
 
 
@@ -175,6 +175,20 @@ def test_the_command_writes_what_the_table_reads(tmp_path):
     assert "| 256 |" in table.markdown(found) and "| 16384 |" in table.markdown(found)
     sizes = {(row["T"], row["side"]): row["temporaries"] for row in found["sized"]}
     assert sizes[16_384, "auto"] * 5 < sizes[16_384, "reference"]
+
+
+@pytest.mark.slow
+def test_a_process_of_chunks_takes_less_memory_than_one_of_all_logits():
+    logits = 4 * 1024**2 * attention.HEADS
+    chunks, dense = (attention.process(impl, 1024) for impl in ("chunked", "reference"))
+    assert dense > 3 * logits and chunks < dense - 2 * logits
+
+
+def test_cpu_seconds_and_processes_have_their_words():
+    row = {"T": 1024, "side": "auto", "median_ms": 7.0, "process": 3 * 2**20}
+    run = {"ruler": "cpu", "clock": "cpu", "timed": [row], "sized": []}
+    told = table.markdown(ABOUT | run)
+    assert "by CPU seconds" in told and "A process, MiB" in told and "| 1024 | 3 |" in told
 
 
 CASE = {"chip": "v6e", "T": 1024, "H": 64, "side": "ours", "backward": True}

@@ -12,6 +12,7 @@ import numpy as np
 from jaxformer import checkpoint, hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.lora import Lora
 from jaxformer.metrics import Confusion
 from jaxformer.program import entry, write_json, writing
 
@@ -43,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         save = saver()
         _, _, params = restored(experiment, args.checkpoint, args.step)
+        model = experiment.model
+        if isinstance(model, Lora):
+            model, params = model.model, model.merged(params)
         with writing():
-            save(args.export, experiment.model, params)
+            save(args.export, model, params)
         print(f"{args.export}: written")
         return 0
     step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)

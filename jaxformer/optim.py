@@ -305,7 +305,7 @@ class Parts:
     def make(self, axes: PyTree, steps: int) -> optax.GradientTransformationExtraArgs:
         paths = traverse_util.flatten_dict(axes, sep="/")
         for name in self.names:
-            if not any(_under(path, name) for path in paths):
+            if not any(under(path, name) for path in paths):
                 tops = ", ".join(sorted({path.split("/")[0] for path in paths}))
                 raise InputError(f"names: no parameter is under {name!r}; there are {tops}")
         inner = optax.with_extra_args_support(self.recipe.make(self._own(axes), steps))
@@ -334,7 +334,7 @@ class Parts:
         return stopped
 
     def _trains(self, path: str) -> bool:
-        return any(_under(path, name) for name in self.names)
+        return any(under(path, name) for name in self.names)
 
     def _own(self, tree: PyTree) -> PyTree:
         flat = traverse_util.flatten_dict(tree, sep="/")
@@ -342,7 +342,8 @@ class Parts:
         return traverse_util.unflatten_dict(own, sep="/")
 
 
-def _under(path: str, name: str) -> bool:
+def under(path: str, name: str) -> bool:
+    """Whether a path is `name`, or goes on from it."""
     return path == name or path.startswith(f"{name}/")
 
 

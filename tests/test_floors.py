@@ -11,7 +11,7 @@ ROOT = pathlib.Path(jaxformer.__file__).parent
 FLOORS = [
     "sharding errors",
     "kernels",
-    "ops objectives samplers optim muon steps metrics distances probe",
+    "ops objectives samplers optim muon lora steps metrics distances probe",
     "layers",
     "models",
     "convert data checkpoint experiment setup plan hosts program",

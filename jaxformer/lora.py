@@ -69,9 +69,8 @@ class Lora(nn.Module):
         for path in [name.removesuffix(DOWN) for name in thin if name.endswith(DOWN)]:
             kernel = flat[f"{path}kernel"]
             more = product(thin[path + DOWN], thin[path + UP], kernel.shape)
-            flat[f"{path}kernel"] = kernel + (self.alpha / self.rank * more).astype(
-                kernel.dtype
-            )
+            more *= self.alpha / self.rank
+            flat[f"{path}kernel"] = kernel + more.astype(kernel.dtype)
         return traverse_util.unflatten_dict(flat, sep="/")
 
     def _thin(self, params: PyTree, key: Array) -> PyTree:

@@ -88,6 +88,15 @@ class Picture(Protocol):
         ...
 
 
+@runtime_checkable
+class Start(Protocol):
+    """What a run begins with: a frozen dataclass, such as `start.Run`."""
+
+    def read(self, params: Any, mesh: Any, rules: Any) -> Any:
+        """Parameters in the place of those that were drawn."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """One run, whole: the same experiment and seed give the same parameters."""
@@ -108,6 +117,7 @@ class Experiment:
     seed: int = 0
     accumulate: int = 1  # parts that a batch is taken in, one after the other.
     ema: float | None = None  # decay of the averaged parameters; they are evaluated.
+    start: tuple[Start, ...] = ()  # parameters of files, in the place of drawn ones.
     nonfinite: Literal["stop", "skip"] = "stop"  # on a loss that is NaN or infinite.
     mesh: str = ""  # such as data=2,fsdp=4; empty is all devices on data.
     rules: Rules = FSDP_TENSOR
@@ -152,6 +162,7 @@ FREE = (
     "tasks",
     "pictures",
     "nonfinite",
+    "start",
     "data.workers",
     "model.remat",
     "model.unroll",

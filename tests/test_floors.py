@@ -14,7 +14,7 @@ FLOORS = [
     "ops objectives samplers optim muon lora steps metrics distances probe",
     "layers",
     "models",
-    "convert data checkpoint experiment setup plan hosts program",
+    "convert data checkpoint experiment setup start plan hosts program",
 ]
 HEIGHT = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 PROGRAMS = {"train", "evaluate", "configs", "tests"}

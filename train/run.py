@@ -295,7 +295,16 @@ def begin(
             if jax.process_index() == 0:
                 checkpoint.set_aside(folder, step)
             hosts.meet("set aside")
-    return made.init(key), key, 0
+    return _filled(experiment, made, made.init(key)), key, 0
+
+
+def _filled(experiment: Experiment, made: Setup, state: TrainState) -> TrainState:
+    """The first state, with the parameters that the experiment starts from."""
+    for part in experiment.start:
+        params = part.read(state.params, made.mesh, made.rules)
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+        state = state.replace(params=params, ema=ema)
+    return state
 
 
 def _restored(experiment, made, folder, step, described, data, key):

@@ -14,6 +14,7 @@ from jaxformer.data.rows import Rows, Windows
 from jaxformer.data.shards import ArrayRecord, Captions, Parquet
 from jaxformer.data.sources import ImageFolder, Record
 from jaxformer.data.text import Tokenize
+from jaxformer.data.vqa import Dialogues
 from jaxformer.errors import InputError
 
 _SIDE = 256  # of the picture that stands in for a file's.
@@ -49,6 +50,14 @@ def _(source) -> Record:
     zeros = np.zeros(source.length, np.int32)
     answer = {"answer": zeros} if isinstance(source, Windows) else {}
     return {"tokens": zeros, "segments": zeros + 1, "source": "a stand-in"} | answer
+
+
+@record.register
+def _(source: Dialogues) -> Record:
+    row = np.zeros(source.length, np.int32)
+    images = np.zeros((source.most, *source.size), np.float32)
+    told = {"tokens": row, "segments": row + 1, "answer": row, "images": images}
+    return told | {"source": "a stand-in"}
 
 
 @record.register

@@ -28,11 +28,15 @@ class NextToken:
     `z_loss` is the factor of the mean squared logsumexp, which keeps logits near 0 (PaLM,
     arXiv 2204.02311: 1e-4). What layers sow into the collection "losses", those of mixtures
     of experts, is added as it is and reported by its name.
+
+    With `prefix` all of a segment that is no answer sees itself both ways (PaliGemma, arXiv
+    2407.07726): for a question and its answer in each, and a model that takes `prefix`.
     """
 
     z_loss: float = 0.0
     chunk: int | None = 128
     inputs: tuple[str, ...] = ("tokens",)
+    prefix: bool = False
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
@@ -94,6 +98,8 @@ class NextToken:
         given = (batch[name] for name in self.inputs)
         if "segments" in batch:
             options |= {"segments": batch["segments"]}
+        if self.prefix:
+            options |= {"prefix": batch["answer"] == 0}
         return apply({"params": params}, *given, method="hidden", **options)
 
 

@@ -163,3 +163,16 @@ def test_no_logits_of_the_whole_text_lie_in_memory_at_once(key):
     chunked, whole = peak(16), peak(None)
     print(f"\nlogits {logits:,} bytes, table {table:,}: {chunked:,} chunked, {whole:,} whole")
     assert 0 < chunked < logits / 4 and whole > logits
+
+
+def test_with_a_prefix_what_is_no_answer_is_marked():
+    seen = {}
+
+    def apply(variables, *inputs, **options):
+        seen.update(options)
+        return (jnp.zeros((1, 4, V)), {}) if "mutable" in options else jnp.zeros((1, 4, V))
+
+    answer = jnp.array([[0, 0, 1, 1]])
+    batch = {"tokens": jnp.ones((1, 4), jnp.int32), "answer": answer}
+    NextToken(chunk=None, prefix=True).measure(apply, {}, batch, jax.random.key(0))
+    assert seen["prefix"].tolist() == [[True, True, False, False]]

@@ -81,6 +81,7 @@ RECIPES = {
     "siglip_b16": {"image": (16_384, 256, 256, 3), "tokens": (16_384, 64)},
     "dit_xl2_imagenet": {"image": (256, 32, 32, 4), "label": (256,)},
     "decoder_7b": {"tokens": (1024, 4096), "segments": (1024, 4096)},
+    "llava_7b": {"tokens": (256, 768), "images": (256, 1, 336, 336, 3)},
 }
 
 

@@ -20,7 +20,7 @@ RUN = (
 )  # fmt: skip
 
 
-def killed(folder: pathlib.Path, kills: int = 20, steps: int = 200, say=print) -> Row:
+def killed(folder: pathlib.Path, kills: int = 20, steps: int = 120, say=print) -> Row:
     """A run that is killed so often, every other time while it saves, and one that is not."""
     whole, broken = folder / "whole", folder / "broken"
     begun = time.monotonic()

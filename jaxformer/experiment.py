@@ -118,7 +118,9 @@ class Experiment:
     accumulate: int = 1  # parts that a batch is taken in, one after the other.
     ema: float | None = None  # decay of the averaged parameters; they are evaluated.
     start: tuple[Start, ...] = ()  # parameters of files, in the place of drawn ones.
-    nonfinite: Literal["stop", "skip"] = "stop"  # on a loss that is NaN or infinite.
+    # On a loss that is NaN or infinite; back: to the last checkpoint, with other batches.
+    nonfinite: Literal["stop", "skip", "back"] = "stop"
+    spike: float | None = None  # a loss so many times the median of those before is as bad.
     mesh: str = ""  # such as data=2,fsdp=4; empty is all devices on data.
     rules: Rules = FSDP_TENSOR
     replicate: tuple[str, ...] = ()  # logical axes that stay whole on every device.
@@ -137,6 +139,11 @@ class Experiment:
         _at_least(0, seed=self.seed)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema={self.ema} must lie in [0, 1); 0.999 is usual")
+        if self.spike is not None and (self.spike <= 1 or self.nonfinite == "skip"):
+            raise InputError(
+                f"spike={self.spike:g}, nonfinite={self.nonfinite}: it must be above 1, and is "
+                "seen too late to skip; 3 is usual, with nonfinite=back"
+            )
         for name in self.tasks:
             if name in self.evals:
                 raise InputError(f"tasks.{name} has the name of an eval; choose another")
@@ -162,6 +169,7 @@ FREE = (
     "tasks",
     "pictures",
     "nonfinite",
+    "spike",
     "start",
     "data.workers",
     "model.remat",

@@ -60,9 +60,7 @@ class Log:
         self.clock = Clock()
         if self.first_process:
             _write_config(workdir / "config.json", described)
-            self.clock = Clock(lost=_rewind(self.path, start))
-            self.file = self.path.open("a")
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._open(start)
         self.console = Console(stderr=False, highlight=False, soft_wrap=True)
         self.console.quiet = not self.first_process
         self.bar = Progress(
@@ -76,6 +74,27 @@ class Log:
         self.task = self.bar.add_task("compiling", total=self.steps, completed=start)
         self.counted, self.spent, self.mark = 0, 0.0, time.monotonic()
         self.skipped, self.skips_in_a_row = 0.0, 0
+
+    def _open(self, start: int, lost: float = 0.0) -> None:
+        """The files as they were after step `start`, to go on from there."""
+        self.clock = Clock(lost=lost + _rewind(self.path, start))
+        self.file = self.path.open("a")
+        board = str(self.workdir / "tensorboard")
+        self.board = SummaryWriter(board, purge_step=start + 1)
+
+    def back(self, step: int, spoiled: int, batches: int, why: str) -> None:
+        """Forgets what came after a checkpoint, and tells from which step the run went back."""
+        lost = self.clock.take()["seconds/all"]
+        if self.first_process:
+            self.file.close()
+            self.board.close()
+            self._open(step, lost)
+        self._write(step, {"back/from": spoiled, "back/batches": batches})
+        self.say(
+            f"warning: step {spoiled}: {why}; back to the checkpoint of step {step}, whose "
+            f"next {batches} batches are left out"
+        )
+        self.counted, self.spent, self.mark = 0, 0.0, time.monotonic()
 
     def __enter__(self) -> "Log":
         self.bar.start()

@@ -1,5 +1,6 @@
 """The loop: one for every family, because what differs is the loss."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -23,10 +24,12 @@ from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, check_batch, setup
 from jaxformer.steps import TrainState
 from train.log import Log, Unsaved
+from train.spoiled import Spikes, Spoiled
 from train.watch import Preempted, Watchdog
 
 PATIENCE = 3600.0  # seconds; a first compile must fit into it.
 SKIPS = 100  # steps in a row that nonfinite=skip leaves out before it gives up.
+BACKS = 3  # times that nonfinite=back goes back to one checkpoint before it gives up.
 
 
 class Diverged(RuntimeError):
@@ -46,6 +49,8 @@ class _Run:
     log: Log
     preempted: Preempted
     watchdog: Watchdog
+    spikes: Spikes
+    backs: collections.Counter[int]  # by the step of the checkpoint.
 
 
 def train(
@@ -118,8 +123,17 @@ def train(
         trace = stack.enter_context(_Trace(workdir / "profile", profile))
         preempted = stack.enter_context(Preempted())
         watchdog = stack.enter_context(Watchdog(patience))
-        run = _Run(experiment, made, described, key, data, manager, log, preempted, watchdog)
-        return _loop(run, state, start, trace)
+        run = _Run(
+            experiment, made, described, key, data, manager, log, preempted, watchdog,
+            Spikes(experiment.spike), collections.Counter(),
+        )  # fmt: skip
+        while True:
+            try:
+                return _loop(run, state, start, trace)
+            except Spoiled as error:
+                spoiled = error.with_traceback(None)  # Which would hold the state.
+            del state
+            state, start = _back(run, spoiled)
 
 
 def prepare(experiment: Experiment, devices=None) -> Setup:
@@ -144,17 +158,17 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
         with run.log.clock.doing("compile") if done == start + 1 else contextlib.nullcontext():
             state, metrics = made.step(state, batch, run.key)
         if pending is not None:
-            _look(run, *pending)
+            _look(run, state, *pending)
         pending = (done, metrics | {"learning_rate": rate(done - 1)})
         last = done == experiment.steps
         leaves = run.preempted.at(done) and not last
         evaluates = bool(experiment.evals) and (last or done % experiment.eval_every == 0)
         saves = last or leaves or done % experiment.keep.every == 0
         if evaluates or saves:
-            _look(run, *pending)
+            _look(run, state, *pending)
             pending = None
             if not _all_finite(state.params):  # Nothing that is not finite is saved.
-                raise Diverged(_diverged(run, done, "a parameter is not finite"))
+                raise _spoiled(run, state, done, "a parameter is not finite")
             scores = {}
             try:
                 with run.log.clock.doing("evaluation"):
@@ -237,24 +251,59 @@ def _pictures(run: _Run, state: TrainState, step: int) -> None:
         picture.picture(trained, run.log.workdir / "pictures" / f"{name}_{step:06}.png")
 
 
-def _look(run: _Run, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Reads the metrics of a step, which waits for it, and stops where it diverged."""
+def _look(run: _Run, state: TrainState, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Reads the metrics of a step, which waits for it, and raises where it diverged.
+
+    `state` is the newest there is, of this step or the next.
+    """
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     run.watchdog.alive(step)
     run.log.step(step, values)
     broken = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
-    if broken and run.experiment.nonfinite == "stop":
-        raise Diverged(_diverged(run, step, f"{broken[0]} is {values[broken[0]]}"))
+    what = f"{broken[0]} is {values[broken[0]]}" if broken else run.spikes.seen(values["loss"])
+    if what and run.experiment.nonfinite != "skip":
+        raise _spoiled(run, state, step, what)
     if run.log.skips_in_a_row >= SKIPS:
         raise Diverged(_diverged(run, step, f"{SKIPS} steps in a row were left out"))
+
+
+def _spoiled(run: _Run, state: TrainState, step: int, what: str) -> Exception:
+    """What is raised after a step that is not to be kept."""
+    if run.experiment.nonfinite != "back":
+        return Diverged(_diverged(run, step, what))
+    jax.block_until_ready(state)  # One program at a time: see `checkpoint.digest`.
+    return Spoiled(step, what)
 
 
 def _diverged(run: _Run, step: int, what: str) -> str:
     _save(run)
     return (
         f"step {step}: {what}; {_remaining(run.log.workdir / 'checkpoints')}: lower "
-        "optimizer.rate.peak, or set nonfinite=skip to leave such steps out"
+        "optimizer.rate.peak, or set nonfinite=skip to leave such steps out, or nonfinite=back "
+        "to leave their batches out"
     )
+
+
+def _back(run: _Run, spoiled: Spoiled) -> tuple[TrainState, int]:
+    """The state of the last checkpoint and its step; the data goes on from where it stands.
+
+    Raises:
+      Diverged: there is no checkpoint, or it was gone back to `BACKS` times.
+    """
+    _save(run)
+    folder = run.log.workdir / "checkpoints"
+    step = (checkpoint.steps(folder) or [0])[-1]
+    if not step or run.backs[step] == BACKS:
+        raise Diverged(_diverged(run, spoiled.step, spoiled.what))
+    run.backs[step] += 1
+    now = run.data.get_state()
+    state, _ = _restored(
+        run.experiment, run.made, folder, step, run.described, run.data, run.key
+    )
+    left_out = now["step"] - run.data.get_state()["step"]
+    run.data.set_state(now)
+    run.log.back(step, spoiled.step, left_out, spoiled.what)
+    return state, step
 
 
 def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:

@@ -1,10 +1,13 @@
 """The program whole, on a model so small that a run takes seconds."""
 
+import contextlib
+import dataclasses
 import json
 import re
 import shutil
 
 import chex
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +16,15 @@ import pytest
 from evaluate.__main__ import main as evaluate_main
 from evaluate.run import batches, evaluate_checkpoint
 from jaxformer import checkpoint, convert
+from jaxformer.data.loader import Pipeline, to_mesh, train_batches
+from jaxformer.data.sources import Digits
+from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from train import report
 from train.faults.processes import CONFIG, TINY
 from train.goodput import total
-from train.run import Diverged, train
+from train.run import Diverged, prepare, train
+from train.spoiled import Spikes
 
 
 def experiment(*overrides, one=True):
@@ -180,6 +187,73 @@ def test_skipping_leaves_such_steps_out(tmp_path):
     state = run(tmp_path, "optimizer.rate.peak=1e30", "nonfinite=skip", "steps=6")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert sum(r.get("skipped", 0) for r in rows(tmp_path)) >= 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoilt:
+    """Digits of which one, the first of batch number `batch`, is not a number."""
+
+    batch: int
+    num_classes: int = 10
+
+    def __len__(self):
+        return len(DIGITS)
+
+    def __getitem__(self, index):
+        order, *_ = np.random.SeedSequence(0).generate_state(3)  # As `train_batches` has it.
+        places = grain.MapDataset.range(len(self)).shuffle(int(order))
+        record = DIGITS[index]
+        bad = index == places[24 * self.batch]
+        return record | {"image": record["image"] * np.float32("nan" if bad else 1)}
+
+
+DIGITS = Digits("train")
+
+
+def test_going_back_leaves_batches_out(tmp_path, capsys):
+    """Step 5 is spoiled, seen after step 6 was sent off, and 3 to 5 are left out, from 0."""
+    made = experiment("nonfinite=back", "keep.every=3", "steps=8", "eval_every=100", "evals={}",
+                      "keep.best=0")  # fmt: skip
+    made = dataclasses.replace(made, data=Pipeline(Spoilt(4), made.data.transforms))
+    state = train(made, tmp_path / "run", devices=jax.devices()[:1])
+    said = capsys.readouterr().out
+    assert (
+        "warning: step 5: loss is nan; back to the checkpoint of step 3, whose next 3 batches"
+        in said
+    )
+    assert [r["step"] for r in rows(tmp_path / "run") if "loss" in r] == list(range(1, 9))
+    (told,) = (r for r in rows(tmp_path / "run") if "back/from" in r)
+    assert (told["step"], told["back/from"], told["back/batches"]) == (3, 5, 3)
+    assert total(tmp_path / "run" / "metrics.jsonl")["lost"] > 0
+
+    on = prepare(made, jax.devices()[:1])
+    with contextlib.closing(train_batches(made.data, batch_size=24, seed=0)) as data:
+        batches = [to_mesh(next(data), on.batch) for _ in range(11)]
+    key = jax.random.key(0)
+    expected = on.init(key)
+    for number in (0, 1, 2, 6, 7, 8, 9, 10):
+        expected, _ = on.step(expected, batches[number], key)
+    chex.assert_trees_all_equal(state, expected)
+
+
+@pytest.mark.slow
+def test_who_goes_back_in_vain_stops(tmp_path):
+    wild = ("optimizer.rate.warmup=20", "optimizer.rate.peak=1e30", "keep.every=1")
+    with pytest.raises(Diverged, match="the checkpoint of step 2 is whole"):
+        run(tmp_path, *wild, "nonfinite=back")
+    assert [r["step"] for r in rows(tmp_path) if "back/from" in r] == [2, 2, 2]
+
+
+def test_a_spike_is_far_above_what_is_usual():
+    spikes = Spikes(3.0)
+    assert [spikes.seen(9.0 if i == 2 else 1.0) for i in range(8)] == [None] * 8
+    assert spikes.seen(3.0) is None and spikes.seen(float("nan")) is None
+    told = "loss is 3.01, more than spike=3 times 1, the median of the 9 before"
+    assert spikes.seen(3.01) == told
+    assert spikes.seen(3.01), "a spike is not usual"
+    assert Spikes(None).seen(1e9) is None
+    with pytest.raises(InputError, match="too late to skip"):
+        experiment("spike=3.0", "nonfinite=skip")
 
 
 def test_qk_clip_bounds_the_logits_of_a_run(finished, tmp_path):

@@ -1,0 +1,39 @@
+"""Steps whose loss says that they should not be kept."""
+
+import collections
+import math
+import statistics
+
+SPAN, LEAST = 32, 8  # losses that a median is of: at most, and at least.
+
+
+class Spoiled(Exception):
+    """A step after which a run goes back to its last checkpoint; `what` is wrong with it."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(f"step {step}: {what}")
+        self.step, self.what = step, what
+
+
+class Spikes:
+    """Knows the losses of the last steps, and tells one that is far above them.
+
+    `times` the median of the last `SPAN` is far; None is never. What was seen before a run
+    was started again is not known, so that the first `LEAST` steps pass.
+    """
+
+    def __init__(self, times: float | None):
+        self.times = times
+        self.losses: collections.deque[float] = collections.deque(maxlen=SPAN)
+
+    def seen(self, loss: float) -> str | None:
+        """Takes the next loss; what is wrong with it, if something is."""
+        usual = statistics.median(self.losses) if len(self.losses) >= LEAST else math.inf
+        if self.times is not None and loss > self.times * usual:
+            return (
+                f"loss is {loss:.4g}, more than spike={self.times:g} times {usual:.4g}, the "
+                f"median of the {len(self.losses)} before"
+            )
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        return None

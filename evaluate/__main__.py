@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
     parser.add_argument("--json", help="a file for every metric's sum, count and value")
     parser.add_argument("--export", help="a directory to write the model to, as the hub has it")
+    parser.add_argument(
+        "--stablehlo", help="a file for the model, of eval_batch_size, that needs only JAX"
+    )
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")
     hosts.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     hosts.join_by(args)
     from evaluate.report import confusion_picture, table
     from evaluate.run import evaluate_checkpoint, restored
+    from evaluate.stablehlo import artefact
 
     if args.export:
         save = saver()
@@ -50,6 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         with writing():
             save(args.export, model, params)
         print(f"{args.export}: written")
+        return 0
+    if args.stablehlo:
+        _, made, params = restored(experiment, args.checkpoint, args.step)
+        data = artefact(experiment.model, params, made.inputs, experiment.eval_batch_size)
+        with writing():
+            pathlib.Path(args.stablehlo).write_bytes(data)
+        print(f"{args.stablehlo}: written, {len(data) / 1e6:,.1f} MB")
         return 0
     step, found = evaluate_checkpoint(experiment, args.checkpoint, args.step)
     if jax.process_index():  # All know it; one tells.

@@ -170,6 +170,18 @@ def test_a_run_is_exported_as_the_hub_has_it(finished, tmp_path):
     chex.assert_trees_all_close(jax.jit(model.apply)({"params": params}, images), expected)
 
 
+def test_a_run_is_a_file_that_needs_only_jax(finished, tmp_path):
+    out = tmp_path / "model.stablehlo"
+    named = [str(CONFIG), *TINY, "mesh=data=8", "--checkpoint", str(finished[0])]
+    assert evaluate_main([*named, "--stablehlo", str(out), "eval_batch_size=3"]) == 0
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    held = jax.export.deserialize(bytearray(out.read_bytes()))
+    assert held.platforms == ("cpu", "tpu") and held.in_avals[0].shape == images.shape
+    ours = {"params": finished[1].ema}
+    expected = jax.jit(experiment().model.apply)(ours, images)
+    chex.assert_trees_all_close(jax.jit(held.call)(images), expected, atol=1e-6)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
     """The rate rises from 0, so that the first step is good and then all overflows."""
     wild = ("optimizer.rate.warmup=20", "optimizer.rate.peak=1e30", "keep.every=1")

@@ -12,6 +12,7 @@ minutes; a classifier of each digit with the rule by hand has 98.2 % and 97.0 %.
 
 from typing import Any
 
+from evaluate.polling import Presence
 from evaluate.vqa import VQA
 from jaxformer.data.augment import Affine
 from jaxformer.data.images import Normalize
@@ -41,7 +42,7 @@ def scenes(places: int) -> dict[str, Any]:
         "objective": objective,
         "data": train,
         "evals": {"test": test},
-        "tasks": {"vqa": VQA(test, objective=objective)},
+        "tasks": {"vqa": VQA(test, objective=objective), "presence": Presence(test)},
     }
 
 

@@ -7,11 +7,22 @@ from PIL import Image
 from evaluate import ask
 from evaluate.answers import answered, picture
 from evaluate.generate import generate
+from evaluate.polling import Presence, polls, yes_no
 from evaluate.run import Trained
 from jaxformer import sharding
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
-from jaxformer.data.scenes import END, IMAGE, VOCAB, Ask, Scenes, decode, encode, question
+from jaxformer.data.scenes import (
+    END,
+    IMAGE,
+    NAMES,
+    VOCAB,
+    Ask,
+    Scenes,
+    decode,
+    encode,
+    question,
+)
 from jaxformer.errors import InputError
 from jaxformer.layers.block import Chain
 from jaxformer.layers.connect import Merge, Project
@@ -100,3 +111,15 @@ def test_a_question_in_other_words_is_told_before_anything_is_read(tmp_path, cap
     argv = ["configs/vlm_digits.py", str(path), "what is love ?", "--checkpoint", "nowhere"]
     assert ask.main(argv) == 2
     assert "'love' is no word of the scenes" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # Compiles a program or two.
+def test_digits_are_polled_by_what_is_answered(trained):
+    test = Pipeline(Scenes("test", 3), (Normalize(), Ask(2, 40, KINDS)))
+    digits = [{int(d) for d in test.source[i]["digits"] if d >= 0} for i in range(3)]
+    asked, said = polls(digits, each=1), []
+    for image, digit, _ in asked:
+        question = f"how many {NAMES[digit]} are there ?"
+        made = ask.words(trained, test, test.source[image]["image"], question)
+        said.append(next(made, "") != "0")
+    assert Presence(test).run(trained) == yes_no(said, [poll.truth for poll in asked])

@@ -37,8 +37,13 @@ def forward(q, k, v, case: Case, mask: Mask | None = None) -> Out:
     # Not kept for the gradient, but made again: that is what saves the memory.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk(k, v, q, index, bias, intervals):
+        k, v = k.astype(dtypes[0]), v.astype(dtypes[1])
         part = dataclasses.replace(case, bias=bias, intervals=intervals)
         return dense.rows(q, index, k, v, part, mask, T)
+
+    # Their gradients are sums over the chunks, in the dtype that the chunks are handed.
+    dtypes = k.dtype, v.dtype
+    k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (k, v))
 
     def step(_, x):
         return _, chunk(k, v, *x)

@@ -88,7 +88,7 @@ def test_any_mask_of_any_lengths_is_float64s(problem):
 
 
 @pytest.mark.slow
-@examples(60)
+@examples(30)
 @hypothesis.given(problems(), st.sampled_from(["chunked", "auto", "reference"]))
 def test_many_masks_are_float64s(problem, impl):
     check_attend(impl, *problem)
@@ -96,7 +96,7 @@ def test_many_masks_are_float64s(problem, impl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["tpu", "gpu"])
-@examples(8)
+@examples(6)
 @hypothesis.given(problems([(1, 6), (5, 7), (6, 6), (8, 8)]))
 def test_kernels_that_take_a_mask_are_float64s(impl, problem):
     """Interpreted; a mask that takes three ranges of keys they refuse, with that reason."""

@@ -120,13 +120,19 @@ SLOW = {"1025", "1025 cross in half"}
 EVERY = tuple(CASES)
 MORE = (
     "cross", "causal in half", "spans, packed", "spans", "scale and cap", "bias",
-    "alibi with a past", "all", "1025",
+    "alibi with a past", "all", "197 in half", "1025",
 )  # fmt: skip
 SOME = ("cross", "causal in half", "spans", "all")
 KERNEL = (*SOME, "causal, first rows empty", "alibi")
 IMPLEMENTATIONS = {
     "reference": EVERY, "chunked": MORE, "auto": SOME, "tpu": KERNEL, "gpu": KERNEL,
 }  # fmt: skip
+# And who runs which besides, where slow tests run.
+LATER = (
+    "packed, cross", "spans, packed", "block diffusion", "bias of all", "197 in half",
+    "layer norm and angles", "all in half",
+)  # fmt: skip
+BESIDES = {"chunked": EVERY, "tpu": LATER, "gpu": LATER}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,8 +275,9 @@ def table():
     """Case by case, so that one worker has the implementations that share what is exact."""
     for name in CASES:
         for impl, names in IMPLEMENTATIONS.items():
-            if name in names:
-                slow = name in SLOW or (name == "all" and impl in choose.KERNELS)
+            if name in names or name in BESIDES.get(impl, ()):
+                slow = name in SLOW or name not in names
+                slow |= name == "all" and impl in choose.KERNELS
                 marks = [pytest.mark.slow] if slow else []
                 yield pytest.param(impl, name, id=f"{name}-{impl}", marks=marks)
 

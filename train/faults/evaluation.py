@@ -27,7 +27,10 @@ def experiment():
 
 
 def on_processes(folder: pathlib.Path, counts: tuple[int, ...] = (1, 2)) -> Row:
-    """A checkpoint judged by one process, and by several with as many devices in all."""
+    """A checkpoint, and models of four families, judged by one process and by several.
+
+    As many devices in all each time. In the checkpoint's case by the command itself.
+    """
     config = folder / "judged.py"
     config.write_text(CONFIG)
     argv = (str(config), *TINY, "steps=2", f"mesh=data={DEVICES}")
@@ -35,16 +38,26 @@ def on_processes(folder: pathlib.Path, counts: tuple[int, ...] = (1, 2)) -> Row:
         ((status, out),) = ended(processes, 600)
         if status:
             raise RuntimeError(f"a run ended with status {status}: {out}")
-    found = {n: _evaluated(folder, argv, n) for n in counts}
+    command = ("evaluate", *argv, "--checkpoint", str(folder / "run"))
+    found = {
+        n: _said(folder, command, n)["evals"] | _said(folder, ("train.faults.judged",), n)
+        for n in counts
+    }
     first, *others = (dict(_numbers(found[n])) for n in counts)
     apart = max(
         abs(a - b) / max(abs(a), 1e-30) for other in others for a, b in _pairs(first, other)
     )
+    exact = sum(
+        all(other[name] == value for other in others)
+        for name, value in first.items()
+        if not float(value).is_integer()
+    )
     whole = {name for name, value in first.items() if float(value).is_integer()}
     return Row(
-        f"evaluation on {' and '.join(map(str, counts))} processes of {DEVICES} devices in all",
-        f"{len(first)} sums and counts, {len(whole)} of them integers, differ by {apart:.1e} "
-        "at most",
+        f"evaluation on {' and '.join(map(str, counts))} processes of {DEVICES} devices in "
+        "all: classes and neighbours; perplexity, retrieval, Frechet distance, VQA",
+        f"{len(whole)} integers equal; {len(first) - len(whole)} other sums differ by "
+        f"{apart:.1e} at most, {exact} not at all",
         wrongs(
             all_measure_the_same=all(first.keys() == other.keys() for other in others),
             integers_are_equal=all(
@@ -52,7 +65,15 @@ def on_processes(folder: pathlib.Path, counts: tuple[int, ...] = (1, 2)) -> Row:
             ),
             sums_are_equal_to_1e_6=apart <= CLOSE,
         ),
-        {"apart": apart, "numbers": len(first), "integers": len(whole)},
+        {
+            "apart": apart,
+            "numbers": len(first),
+            "integers": len(whole),
+            "exact": exact,
+            "sums": {
+                n: [some[n] for some in (first, *others)] for n in first if n not in whole
+            },
+        },
     )
 
 
@@ -60,14 +81,15 @@ def _pairs(a: dict[str, float], b: dict[str, float]):
     return ((a[name], b[name]) for name in a.keys() & b.keys())
 
 
-def _evaluated(folder: pathlib.Path, argv: tuple[str, ...], count: int) -> dict[str, Any]:
-    out = folder / f"{count}.json"
+def _said(folder: pathlib.Path, command: tuple[str, ...], count: int) -> dict[str, Any]:
+    """What `count` processes write down together."""
+    out = folder / f"{command[0]}.{count}.json"
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
         "--xla_backend_optimization_level=0"
     }
-    command = ("evaluate", *argv, "--checkpoint", str(folder / "run"), "--json", str(out))
-    processes = [begin((*command, *meet), environment) for meet in meeting(count)]
+    argv = (*command, "--json", str(out))
+    processes = [begin((*argv, *meet), environment) for meet in meeting(count)]
     try:
         for status, said in ended(processes, 600):
             if status:
@@ -75,7 +97,7 @@ def _evaluated(folder: pathlib.Path, argv: tuple[str, ...], count: int) -> dict[
     finally:
         for process in processes:
             end(process)
-    return json.loads(out.read_text())["evals"]
+    return json.loads(out.read_text())
 
 
 def _numbers(found: dict[str, Any]):

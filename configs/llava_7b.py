@@ -4,7 +4,7 @@ Paper: Liu et al. 2023, arXiv 2310.03744: 558,000 pairs of image and caption onc
 a rate of 1e-3, warm-up 3 %, a cosine to 0, AdamW without decay. Tower: CLIP L/14 at 336
 pixels before its last layer, 576 patches; connector: an MLP; decoder: Vicuna 7B (Llama 2).
 7,050,312,704 parameters, of which 20,979,712 train. The second stage is llava_7b_instruct.py.
-Expected: not run here; the plan on 256 TPU v5p is in docs/pods.md.
+Expected: not run here; on 256 TPU v5p a plan has 163 ms a step, 6 minutes (docs/pods.md).
 Data: `data/llava/pretrain.json*` as JSON Lines in LLaVA's layout with images under
 `data/llava/images`, `tokenizer.json` and the two models, as the hub has them, beside. Command:
     python -m train configs/llava_7b.py --mesh data=4,fsdp=64

@@ -3,7 +3,7 @@
 Paper: Liu et al. 2023, arXiv 2310.03744: 665,000 conversations once, 128 a step, a rate of
 2e-5, warm-up 3 %, a cosine to 0, AdamW without decay, the tower frozen. It goes on from the
 run of the first stage, llava_7b.py.
-Expected: not run here; the plan on 256 TPU v5p is in docs/pods.md.
+Expected: not run here.
 Data: `data/llava/instruct.jsonl` in LLaVA's layout, and what the first stage reads. Command:
     python -m train configs/llava_7b_instruct.py --mesh data=2,fsdp=64,tensor=2
 """

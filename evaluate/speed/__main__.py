@@ -20,6 +20,7 @@ NAMES = {
     "stdlib": "AdamW and Muon side by side on the decoder's job, by CPU seconds",
     "unmask": "text by unmasking beside text by the token: speed and quality",
     "vit": "ViTs from Ti to L, training and inference, beside torch's",
+    "vlm": "training, prefill and decoding of a model that sees beside torch's",
 }
 
 

@@ -82,11 +82,7 @@ def run(
         "continuous": served(params, batch, steps),
     }
     seconds = {name: timed(each, rounds, CLOCKS[clock]) for name, each in sides.items()}
-    for side, first in seconds["prefill"].items():  # What a decoding takes after its prompt.
-        seconds["decode"][side] = [
-            max(whole - one, 1e-9)
-            for whole, one in zip(seconds["decode"][side], first, strict=True)
-        ]
+    less_first(seconds)
     found = sides["speculative"]["lookup"]()
     rate = float(found.accepted.sum() / (AHEAD * found.rounds.sum()))
     work = {
@@ -98,28 +94,58 @@ def run(
     }
     operations, rows = 3 * batch * flops(MODEL, (prompt,)), []
     for name, each in seconds.items():
-        last = list(each)[-1]
-        for side, times in each.items():
-            median = statistics.median(times)
-            row: dict[str, Any] = {"what": name, "side": side, "median_ms": 1e3 * median}
-            row["min_ms"] = 1e3 * min(times)
-            row["tokens_per_second"] = work[name] / median
-            if name == "train":
-                row["gflops"] = operations / median / 1e9
-                row["mfu"] = None if top is None else operations / median / top
-            if side != last:
-                pairs = zip(times, each[last], strict=True)
-                row[f"ratio_to_{last}"] = statistics.median(a / b for a, b in pairs)
-            if side == "lookup":
-                row["accepted"] = rate
-            rows.append(row)
-            shown = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
-            print(f"{name:<12} {side:<11}", "  ".join(shown))
+        counted = operations if name == "train" else None
+        for row in told(name, each, work[name], counted, top):
+            rows.append(row | ({"accepted": rate} if row["side"] == "lookup" else {}))
+            shown(rows[-1])
     sizes = {"batch": batch, "prompt": prompt, "steps": steps, "model": repr(MODEL)}
     sizes |= {"clock": clock, "operations_of_a_step": operations}
     if top is not None:
         sizes |= {"peak_tflops": top / 1e12, "peak_source": source}
     return {"rounds": rounds, **sizes, "threads": threads, "rows": rows}
+
+
+def told(
+    name: str,
+    each: dict[str, list[float]],
+    work: int,
+    operations: int | None,
+    top: float | None,
+) -> list[dict[str, Any]]:
+    """A row for each side, of the seconds that it took in every round.
+
+    `work` are the tokens of a round, `operations` those of it where its rate is told, `top`
+    the operations a second that MFU is of.
+    """
+    last, rows = list(each)[-1], []
+    for side, times in each.items():
+        median = statistics.median(times)
+        row: dict[str, Any] = {"what": name, "side": side, "median_ms": 1e3 * median}
+        row["min_ms"] = 1e3 * min(times)
+        row["tokens_per_second"] = work / median
+        if operations is not None:
+            row["gflops"] = operations / median / 1e9
+            row["mfu"] = None if top is None else operations / median / top
+        if side != last:
+            pairs = zip(times, each[last], strict=True)
+            row[f"ratio_to_{last}"] = statistics.median(a / b for a, b in pairs)
+        rows.append(row)
+    return rows
+
+
+def shown(row: dict[str, Any]) -> None:
+    """Prints a row's numbers."""
+    numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
+    print(f"{row['what']:<12} {row['side']:<11}", "  ".join(numbers))
+
+
+def less_first(seconds: dict[str, dict[str, list[float]]]) -> None:
+    """Of "decode", what it takes after the prompt: less the same round's "prefill"."""
+    for side, first in seconds["prefill"].items():
+        seconds["decode"][side] = [
+            max(whole - one, 1e-9)
+            for whole, one in zip(seconds["decode"][side], first, strict=True)
+        ]
 
 
 def timed(

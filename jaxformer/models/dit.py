@@ -81,6 +81,7 @@ class ClassCondition(nn.Module):
     tokens: int = 0
     timed: bool = False
     features: Callable[..., Array] = cosines_first
+    scale: float = 1e3  # of times, see `TimestepEmbed`.
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -88,7 +89,8 @@ class ClassCondition(nn.Module):
         self, t: Float[Array, " B"], label: Int[Array, " B"] | None, *, train: bool = False
     ) -> Given:
         D, none = self.width, self.num_classes
-        time = TimestepEmbed(D, features=self.features, dtype=self.dtype, name="time")(t)
+        how = {"scale": self.scale, "features": self.features, "dtype": self.dtype}
+        time = TimestepEmbed(D, name="time", **how)(t)
         table = Embedding(D, "VD", name="label")(none + 1)
         if label is None:
             label = jnp.full(t.shape, none)

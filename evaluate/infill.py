@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from evaluate.completions import parses
+from evaluate.edits import edits
 from evaluate.generate import Records, generate
 from evaluate.run import Trained
 from jaxformer import metrics
@@ -208,12 +209,4 @@ def statements(text: str) -> list[tuple[int, int]]:
 
 def similarity(a: str, b: str) -> float:
     """1 less the Levenshtein distance by the longer length; two empty texts are alike."""
-    row = np.arange(len(b) + 1)
-    letters = np.array(list(b), dtype=str)
-    steps = np.arange(len(b) + 1)
-    for i, letter in enumerate(a, 1):
-        # To change or leave a letter, or to take one away; then to add, all at once.
-        best = np.minimum(row[:-1] + (letters != letter), row[1:] + 1)
-        best = np.concatenate([[i], best])
-        row = np.minimum.accumulate(best - steps) + steps
-    return 1 - int(row[-1]) / max(len(a), len(b), 1)
+    return 1 - edits(a, b) / max(len(a), len(b), 1)

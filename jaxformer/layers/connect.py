@@ -46,38 +46,39 @@ class Merge(nn.Module):
 
     Pixel shuffle (InternVL, Idefics 3) and 2 x 2 merging (Qwen2-VL): of a group, the
     channels of its first row come first. Tokens are those of a grid of `shape`, (rows,
-    columns), row by row; of a square where it is not given.
+    columns), row by row; of a square where it is not given. `side` may be (rows, columns).
     """
 
-    side: int = 2
+    side: int | tuple[int, int] = 2
     shape: tuple[int, int] | None = None
 
     def __call__(self, x: Float[Array, "B t C"]) -> Float[Array, "B s E"]:
         groups = _groups(x, self.side, self.shape)
-        return groups.swapaxes(2, 3).reshape(len(x), -1, self.side**2 * x.shape[-1])
+        return groups.swapaxes(2, 3).reshape(len(x), groups.shape[1] * groups.shape[3], -1)
 
 
 class Pool(nn.Module):
     """The mean of each `side` by `side` neighbours (Gemma 3); `shape` as of `Merge`."""
 
-    side: int = 2
+    side: int | tuple[int, int] = 2
     shape: tuple[int, int] | None = None
 
     def __call__(self, x: Float[Array, "B t C"]) -> Float[Array, "B s C"]:
         return _groups(x, self.side, self.shape).mean((2, 4)).reshape(len(x), -1, x.shape[-1])
 
 
-def _groups(x, side: int, shape: tuple[int, int] | None) -> Float[Array, "B y p x q C"]:
+def _groups(x, side, shape: tuple[int, int] | None) -> Float[Array, "B y p x q C"]:
     B, t, C = x.shape
+    p, q = side if isinstance(side, tuple) else (side, side)
     rows, columns = shape or (round(t**0.5),) * 2
     if rows * columns != t:
         raise ValueError(
             f"{t} tokens are no grid of {rows} x {columns}; give shape=(rows, columns), and "
             "leave out tokens that are not patches"
         )
-    if rows % side or columns % side:
+    if rows % p or columns % q:
         raise ValueError(f"side={side} must divide the grid's {rows} x {columns} patches")
-    return x.reshape(B, rows // side, side, columns // side, side, C)
+    return x.reshape(B, rows // p, p, columns // q, q, C)
 
 
 class ResamplerBlock(Block):

@@ -26,6 +26,7 @@ CASES = {
     "linear": (Project(8), (2, 24, 8)),
     "mlp": (Project(8, hidden=12), (2, 24, 8)),
     "merged": (Merge(2, (4, 6)), (2, 6, 40)),
+    "merged along rows": (Merge((1, 3), (4, 6)), (2, 8, 30)),
     "merged and projected": (Chain((Merge(2, (4, 6)), Project(8))), (2, 6, 8)),
     "pooled": (Pool(2, (4, 6)), (2, 6, 10)),
     "resampled": (resampler(), (2, 3, 10)),
@@ -45,6 +46,8 @@ def test_merging_lays_neighbours_side_by_side():
     x = jnp.arange(24.0).reshape(1, 24, 1)  # A grid of 4 x 6.
     first = Merge(2, (4, 6)).apply({}, x)[0, 0]
     np.testing.assert_array_equal(first, [0, 1, 6, 7])
+    along = Merge((1, 3), (4, 6)).apply({}, x)[0]
+    np.testing.assert_array_equal(along[:2], [[0, 1, 2], [3, 4, 5]])
     assert Pool(2, (4, 6)).apply({}, x)[0, 1, 0] == (2 + 3 + 8 + 9) / 4
     square = Merge(2).apply({}, jnp.zeros((1, 16, 3)))
     assert square.shape == (1, 4, 12)

@@ -4,7 +4,8 @@ Data: the running Python's library without its tests, as in decoder_stdlib.py.
 Model: the same decoder; each block of 16 tokens is guessed from itself, masked in part, and
 from the clean blocks before it (BD3-LM, arXiv 2503.09573). Rows are twice as long for it. It
 begins as the decoder, which is a block of one token.
-Expected: see docs/unmask.md. Command:
+Expected: at most 2.28 bits a byte of 128 held-out rows after 16 CPU minutes, where
+the decoder has 1.81 and counts of single tokens 2.72. Command:
     python -m train configs/bd3_stdlib.py
     python -m evaluate configs/bd3_stdlib.py --checkpoint runs/bd3_stdlib
 """

@@ -4,7 +4,8 @@ Data: the running Python's library without its tests, as in decoder_stdlib.py.
 Model: the same decoder, which for half of the run learns the next token, and then without the
 causal mask what is masked (MDLM, arXiv 2406.07524; from a decoder as Dream, 2508.15487). Bits
 per byte are a bound, drawn by count, and above the truth.
-Expected: see docs/unmask.md. Command:
+Expected: at most 2.34 bits a byte of 128 held-out rows after 14 CPU minutes, where
+the decoder has 1.81 and counts of single tokens 2.72. Command:
     python -m train configs/mdlm_stdlib.py
     python -m evaluate configs/mdlm_stdlib.py --checkpoint runs/mdlm_stdlib
 """

@@ -8,6 +8,7 @@ All are told how many tokens are hidden. A rate counts the tokens that were hidd
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
@@ -34,19 +35,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--batch", type=int, help="holes at once, default 4")
     parser.add_argument("--count", type=int, help="holes, default 64")
+    parser.add_argument("--most", type=int, help="tokens of a hole at most, default 32")
     parser.add_argument("--clock", choices=CLOCKS, help="default: wall")
     for name, config in CONFIGS.items():
         parser.add_argument(f"--{name}", help=f"the directory of a run of {config}")
 
 
 def run(
-    rounds: int = 1, batch: int = 4, count: int = 64, clock: str = "wall", **runs: str
+    rounds: int = 1,
+    batch: int = 4,
+    count: int | None = None,
+    most: int | None = None,
+    clock: str = "wall",
+    **runs: str,
 ) -> dict:
     """Times everything; prints and returns a row a side. Each hole is filled `rounds` times."""
     models = {name: trained(config, runs.get(name)) for name, config in CONFIGS.items()}
-    holes = sorted(models["decoder"].infill.holes(), key=lambda h: h.stop - h.start)
-    keep = np.linspace(0, len(holes) - 1, min(count, len(holes))).round().astype(int)
-    holes = [holes[i] for i in keep]
+    task = models["decoder"].infill
+    sizes = {"count": count or task.count, "most": most or task.most}
+    task = dataclasses.replace(task, **sizes)
+    task.check()
+    holes = sorted(task.holes(), key=lambda h: h.stop - h.start)
     groups = [holes[i : i + batch] for i in range(0, len(holes) - batch + 1, batch)]
     sides = {name: make(models[kind]) for name, (kind, make) in SIDES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -56,7 +65,7 @@ def run(
     for number in range(rounds):
         for group in groups:
             for name, once in sides.items():
-                steps = most(group) if name == "decoder" else 0
+                steps = longest(group) if name == "decoder" else 0
                 if (name, steps) not in known:  # Compiled, and not counted.
                     once(group)
                     known.add((name, steps))
@@ -77,19 +86,20 @@ def run(
             "calls": sum(calls[name]) / len(groups),
         }
         if SIDES[name][0] in runs:
-            judged = models["decoder"].infill.judge(filled[name])
+            judged = task.judge(filled[name])
             row |= {k: float(m.sum / m.count) for k, m in judged.items()}
         rows.append(row)
         shown = [f"{k} {v:.4g}" for k, v in row.items() if k != "side"]
         print(f"{name:<34}", "  ".join(shown))
     sizes = {"batch": batch, "holes": len(groups) * batch, "hidden": hidden // rounds}
+    sizes["most"] = task.most
     return {"rounds": rounds, **sizes, "clock": clock, "trained": sorted(runs), "rows": rows}
 
 
 Fill = Callable[[list[Hole]], tuple[list[np.ndarray], int]]
 
 
-def most(group: list[Hole]) -> int:
+def longest(group: list[Hole]) -> int:
     """As many tokens as the longest hole has, in whole eights."""
     return -(-max(h.stop - h.start for h in group) // EIGHT) * EIGHT
 
@@ -113,7 +123,7 @@ def by_token(side: Side) -> Fill:
         before = [hole.ids[: hole.start][-room:] for hole in group]
         tokens = np.stack([np.pad(ids, (0, room - len(ids))) for ids in before])
         lengths = jnp.asarray([len(ids) for ids in before])
-        steps = most(group)
+        steps = longest(group)
         found = np.asarray(go(side.params, jnp.asarray(tokens), lengths, steps))
         pairs = zip(found, group, strict=True)
         return [ids[: h.stop - h.start] for ids, h in pairs], steps

@@ -5,7 +5,7 @@ Paper: Liu et al. 2023, arXiv 2310.03744: 665,000 conversations once, 128 a step
 run of the first stage, llava_7b.py.
 Expected: not run here.
 Data: `data/llava/instruct.jsonl` in LLaVA's layout, and what the first stage reads. Command:
-    python -m train configs/llava_7b_instruct.py --mesh data=2,fsdp=64,tensor=2
+    python -m train configs/llava_7b_instruct.py --mesh data=2,fsdp=64
 """
 
 import dataclasses

@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="default: the last")
     parser.add_argument("--mesh", help="such as data=2,fsdp=4; default: the config's")
     parser.add_argument("--json", help="a file for every metric's sum, count and value")
-    parser.add_argument("--export", help="a directory to write the model to, as the hub has it")
-    parser.add_argument(
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--export", help="a directory to write the model to, as the hub has it")
+    files.add_argument(
         "--stablehlo", help="a file for the model, of eval_batch_size, that needs only JAX"
     )
     parser.add_argument("--pictures", help="default: evaluation/ in the run's directory")

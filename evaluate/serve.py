@@ -7,11 +7,11 @@ other, and images are never fetched from elsewhere.
 
 import argparse
 import base64
-import binascii
 import functools
 import http.server
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def asked(body: bytes) -> tuple[bytes, str]:
     """
     try:
         request = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the body is not JSON ({error}); send a chat completion") from None
     messages = request.get("messages") if isinstance(request, dict) else None
     if not isinstance(messages, list):
@@ -60,7 +60,7 @@ def asked(body: bytes) -> tuple[bytes, str]:
         raise InputError("an image is a data URL, data:image/png;base64,...; none is fetched")
     try:
         return base64.b64decode(data, validate=True), question
-    except binascii.Error as error:
+    except ValueError as error:
         raise InputError(f"the image's data is not base64 ({error}); encode it so") from None
 
 
@@ -79,6 +79,8 @@ def completion(model: str, text: str) -> dict[str, Any]:
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers by `answer`, under the name `model`."""
 
+    timeout = 60  # seconds that a client may be silent.
+
     def __init__(self, *args: Any, answer: Answer, model: str):
         self.answer, self.model = answer, model
         super().__init__(*args)
@@ -92,7 +94,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """An answer."""
-        length = int(self.headers.get("Content-Length") or 0)
+        said = self.headers.get("Content-Length", "")
+        if not (said.isascii() and said.isdecimal()):
+            return self._refuse(411, "the request does not say its length; send Content-Length")
+        length = int(said)
         if length > MOST:
             return self._refuse(413, f"the request has {length} bytes; send at most {MOST}")
         body = self.rfile.read(length)
@@ -102,6 +107,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = self.answer(*asked(body))
         except InputError as error:
             return self._refuse(400, str(error))
+        except Exception as error:  # A client hears of it, and the server's own log.
+            self._refuse(
+                500, f"the model failed ({type(error).__name__}); see the server's log"
+            )
+            raise
         return self._send(200, completion(self.model, text))
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -122,9 +132,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def server(answer: Answer, model: str, host: str, port: int) -> http.server.HTTPServer:
     """A server that is bound and does not run yet; port 0 is any that is free."""
-    handler = functools.partial(Handler, answer=answer, model=model)
+    lock = threading.Lock()  # One question at a time, though a slow client hinders no other.
+
+    def one(*question: Any) -> str:
+        with lock:
+            return answer(*question)
+
+    handler = functools.partial(Handler, answer=one, model=model)
     try:
-        return http.server.HTTPServer((host, port), handler)
+        return http.server.ThreadingHTTPServer((host, port), handler)
     except OSError as error:
         raise InputError(f"{host}:{port}: cannot be bound ({error.strerror})") from None
 

@@ -106,6 +106,11 @@ class Lora(nn.Module):
         return traverse_util.unflatten_dict(found, sep="/")
 
 
+def plain(model: Any) -> Any:
+    """The model within a `Lora`, or the model itself: what a count of operations knows."""
+    return model.model if isinstance(model, Lora) else model
+
+
 def product(
     down: Float[Array, "..."], up: Float[Array, "..."], shape: tuple[int, ...]
 ) -> Float[Array, "..."]:

@@ -67,7 +67,7 @@ def filled(params: PyTree, found: PyTree, into: str, of: str, where: str) -> PyT
     there: dict[str, Any] = traverse_util.flatten_dict(found, sep="/")
     wrong, own = [], [path for path in flat if not into or under(path, into)]
     for path in own:
-        name = f"{of}{path[len(into) :]}" if of or not into else path[len(into) + 1 :]
+        name = f"{of}/{path[len(into) :].lstrip('/')}".strip("/")
         old, new = flat[path], there.get(name)
         if new is None:
             wrong.append(f"- {name}")

@@ -40,6 +40,8 @@ def test_layers_that_are_not_there_are_left_out():
     np.testing.assert_array_equal(made["vision"]["stack"], stack[:2])
     whole = filled(PARAMS, PARAMS | {"more": jnp.ones(2)}, "", "", "here")
     assert jax.tree.structure(whole) == jax.tree.structure(PARAMS)
+    part = filled(PARAMS["vision"], found, "", "tower/vision", "here")  # All, of a part.
+    np.testing.assert_array_equal(part["norm"], np.ones(4))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from jaxformer import checkpoint, hosts
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
+from jaxformer.lora import plain
 from jaxformer.setup import Setup, check_batch, setup
 from jaxformer.steps import TrainState
 from train.log import Log, Unsaved
-from train.spoiled import Spikes, Spoiled
+from train.spoiled import WAYS, Spikes, Spoiled
 from train.watch import Preempted, Watchdog
 
 PATIENCE = 3600.0  # seconds; a first compile must fit into it.
@@ -279,8 +280,7 @@ def _diverged(run: _Run, step: int, what: str) -> str:
     _save(run)
     return (
         f"step {step}: {what}; {_remaining(run.log.workdir / 'checkpoints')}: lower "
-        "optimizer.rate.peak, or set nonfinite=skip to leave such steps out, or nonfinite=back "
-        "to leave their batches out"
+        f"optimizer.rate.peak{WAYS[run.experiment.nonfinite]}"
     )
 
 
@@ -413,7 +413,7 @@ def _flops(experiment: Experiment, inputs: Sequence[Any]) -> int | None:
     if experiment.flops is None:
         return None
     shapes = (x.shape[1:] for x in inputs)
-    return 3 * experiment.batch_size * experiment.flops(experiment.model, *shapes)
+    return 3 * experiment.batch_size * experiment.flops(plain(experiment.model), *shapes)
 
 
 def _count(params: Any) -> int:

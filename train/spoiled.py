@@ -6,6 +6,12 @@ import statistics
 
 SPAN, LEAST = 32, 8  # losses that a median is of: at most, and at least.
 
+WAYS = {  # What else a run that diverged could do, by its `nonfinite`.
+    "stop": ", or set nonfinite=back to leave such batches out",
+    "skip": "",
+    "back": ", for going back did not help",
+}
+
 
 class Spoiled(Exception):
     """A step after which a run goes back to its last checkpoint; `what` is wrong with it."""
@@ -18,7 +24,8 @@ class Spoiled(Exception):
 class Spikes:
     """Knows the losses of the last steps, and tells one that is far above them.
 
-    `times` the median of the last `SPAN` is far; None is never. What was seen before a run
+    `times` the median of the last `SPAN` is far; None is never, and so is a median of 0 or
+    less, whose multiples tell nothing. What was seen before a run
     was started again is not known, so that the first `LEAST` steps pass.
     """
 
@@ -29,7 +36,7 @@ class Spikes:
     def seen(self, loss: float) -> str | None:
         """Takes the next loss; what is wrong with it, if something is."""
         usual = statistics.median(self.losses) if len(self.losses) >= LEAST else math.inf
-        if self.times is not None and loss > self.times * usual:
+        if self.times is not None and usual > 0 and loss > self.times * usual:
             return (
                 f"loss is {loss:.4g}, more than spike={self.times:g} times {usual:.4g}, the "
                 f"median of the {len(self.losses)} before"

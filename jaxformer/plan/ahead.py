@@ -12,6 +12,7 @@ from jaxformer import sharding
 from jaxformer.data import stand_in
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment
+from jaxformer.lora import plain
 from jaxformer.plan import chips
 from jaxformer.plan.cost import Cost, cost
 from jaxformer.plan.network import Collective
@@ -224,7 +225,7 @@ def model_flops(experiment: Experiment, made: Setup) -> int | None:
     if experiment.flops is None:
         return None
     shapes = (x.shape[1:] for x in made.inputs)
-    return 3 * experiment.batch_size * experiment.flops(experiment.model, *shapes)
+    return 3 * experiment.batch_size * experiment.flops(plain(experiment.model), *shapes)
 
 
 def _compile(made: Setup, batch: dict[str, Any]) -> Any:

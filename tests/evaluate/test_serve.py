@@ -1,6 +1,8 @@
 import base64
+import http.client
 import io
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -93,8 +95,31 @@ def test_what_is_wrong_is_told_and_the_server_goes_on(address):
             chat(TEXT, {"type": "image_url", "image_url": "data:image/png;base64,?"}),
             "is not base64",
         ),
+        (
+            chat(TEXT, {"type": "image_url", "image_url": "data:image/png;base64,\u00e9"}),
+            "is not base64",
+        ),
+        (b"[" * 100_000, "the body is not JSON"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_told_in_a_sentence(body, said):
     with pytest.raises(InputError, match=said):
         serve.asked(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("length", ["-1", "many", None])
+def test_a_request_of_no_length_is_refused(address, length):
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=10)
+    connection.putrequest("POST", "/v1/chat/completions")
+    if length is not None:
+        connection.putheader("Content-Length", length)
+    connection.endheaders()
+    with connection.getresponse() as reply:
+        assert reply.status == 411 and b"send Content-Length" in reply.read()
+    connection.close()
+
+
+def test_a_client_that_is_silent_hinders_no_other(address):
+    host, port = address.split("/")[2].split(":")
+    with socket.create_connection((host, int(port))):
+        assert send(f"{address}/models", None)[0] == 200

@@ -264,6 +264,8 @@ def test_a_spike_is_far_above_what_is_usual():
     assert spikes.seen(3.01) == told
     assert spikes.seen(3.01), "a spike is not usual"
     assert Spikes(None).seen(1e9) is None
+    below = Spikes(3.0)  # Multiples of what is below 0 tell nothing.
+    assert [below.seen(-2.0 + i / 100) for i in range(12)] == [None] * 12
     with pytest.raises(InputError, match="too late to skip"):
         experiment("spike=3.0", "nonfinite=skip")
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from evaluate.ask import asking
 from evaluate.generate import generate
 from evaluate.run import Trained, restored, trained
 from jaxformer.data.images import pixels_of
@@ -95,9 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="answers.png", help="the picture")
     args = parser.parse_intermixed_args(argv)
     experiment = load(args.config, args.overrides)
-    task: Any = experiment.tasks.get("vqa")
-    if task is None:
-        raise InputError(f"{args.config}: has no task vqa; name a config that asks")
+    task = asking(experiment, args.config)
     _, made, params = restored(experiment, args.checkpoint)
     indices = range(min(args.scenes, len(task.test.source)))
     found = answered(trained(experiment, made, params), task.test, indices)

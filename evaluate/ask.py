@@ -66,8 +66,25 @@ def read(path: str, size: tuple[int, int]) -> np.ndarray:
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a picture") from None
-    image = Decode(channels=1)({"image": data, "source": path})["image"]
+    return decoded(data, path, size)
+
+
+def decoded(data: bytes, source: str, size: tuple[int, int]) -> np.ndarray:
+    """An encoded picture as `read` has it; `source` names it where it is none."""
+    image = Decode(channels=1)({"image": data, "source": source})["image"]
     return image if image.shape[:2] == size else resized(image, size, "bilinear")
+
+
+def asking(experiment: Any, config: str) -> Any:
+    """The task of a config that asks about images.
+
+    Raises:
+      InputError: it has none.
+    """
+    task = experiment.tasks.get("vqa")
+    if task is None:
+        raise InputError(f"{config}: has no task vqa; name a config that asks")
+    return task
 
 
 @entry
@@ -83,9 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="a run's directory")
     args = parser.parse_intermixed_args(argv)
     experiment = load(args.config, args.overrides)
-    task: Any = experiment.tasks.get("vqa")
-    if task is None:
-        raise InputError(f"{args.config}: has no task vqa; name a config that asks")
+    task = asking(experiment, args.config)
     image = read(args.image, task.test.source.size)
     encode(args.question)  # Before the checkpoint is read.
     _, made, params = restored(experiment, args.checkpoint)

@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from evaluate.ask import words
+from evaluate.ask import asking, decoded, words
 from evaluate.run import restored, trained
-from jaxformer.data.images import Decode, resized
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.program import entry
@@ -147,15 +146,12 @@ def server(answer: Answer, model: str, host: str, port: int) -> http.server.HTTP
 
 def answers(experiment: Any, checkpoint: str, config: str) -> Answer:
     """What a trained config with a task `vqa` answers, as `evaluate.ask` does."""
-    task: Any = experiment.tasks.get("vqa")
-    if task is None:
-        raise InputError(f"{config}: has no task vqa; name a config that asks")
+    task = asking(experiment, config)
     _, made, params = restored(experiment, checkpoint)
     found, size = trained(experiment, made, params), task.test.source.size
 
     def answer(data: bytes, question: str) -> str:
-        image = Decode(channels=1)({"image": data, "source": "the image"})["image"]
-        image = image if image.shape[:2] == size else resized(image, size, "bilinear")
+        image = decoded(data, "the image", size)
         return " ".join(words(found, task.test, image, question))
 
     return answer

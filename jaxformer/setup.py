@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxformer import sharding, steps
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment
+from jaxformer.lora import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +149,14 @@ def _under(mesh, rules, function):
             return function(*args)
 
     return call
+
+
+def model_flops(experiment: Experiment, inputs: Sequence[Any]) -> int | None:
+    """Operations of one training step by the family's own count, forward and backward.
+
+    `inputs` are those of the model for a batch; None where the config counts nothing.
+    """
+    if experiment.flops is None:
+        return None
+    shapes = (x.shape[1:] for x in inputs)
+    return 3 * experiment.batch_size * experiment.flops(plain(experiment.model), *shapes)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -21,8 +21,7 @@ from jaxformer import checkpoint, hosts
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
-from jaxformer.lora import plain
-from jaxformer.setup import Setup, check_batch, setup
+from jaxformer.setup import Setup, check_batch, model_flops, setup
 from jaxformer.steps import TrainState
 from train.log import Log, Unsaved
 from train.spoiled import WAYS, Spikes, Spoiled
@@ -113,7 +112,7 @@ def train(
                 experiment,
                 described,
                 start=start,
-                flops=_flops(experiment, made.inputs),
+                flops=model_flops(experiment, made.inputs),
             )
         )
         log.say(
@@ -406,14 +405,6 @@ def _inputs(experiment: Experiment) -> list[Any]:
     with contextlib.closing(train_batches(pipeline, batch_size=size, seed=0)) as data:
         batch = next(data)
     return arguments(experiment.objective, batch)
-
-
-def _flops(experiment: Experiment, inputs: Sequence[Any]) -> int | None:
-    """Operations of one training step: forward and twice as much backward."""
-    if experiment.flops is None:
-        return None
-    shapes = (x.shape[1:] for x in inputs)
-    return 3 * experiment.batch_size * experiment.flops(plain(experiment.model), *shapes)
 
 
 def _count(params: Any) -> int:

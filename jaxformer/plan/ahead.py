@@ -12,12 +12,11 @@ from jaxformer import sharding
 from jaxformer.data import stand_in
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment
-from jaxformer.lora import plain
 from jaxformer.plan import chips
 from jaxformer.plan.cost import Cost, cost
 from jaxformer.plan.network import Collective
 from jaxformer.plan.program import Program
-from jaxformer.setup import Setup, check_batch, setup
+from jaxformer.setup import Setup, check_batch, model_flops, setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,7 @@ def plan(
         tokens=math.prod(batch["tokens"].shape) if "tokens" in batch else None,
         memory=memory,
         explanation=made.explanation,
-        model_flops=model_flops(experiment, made),
+        model_flops=model_flops(experiment, made.inputs),
         peak=there.chip.flops * there.chips,
         cost=found,
     )
@@ -218,14 +217,6 @@ def held(tree: Any) -> int:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def model_flops(experiment: Experiment, made: Setup) -> int | None:
-    """Operations of one training step by the family's own count."""
-    if experiment.flops is None:
-        return None
-    shapes = (x.shape[1:] for x in made.inputs)
-    return 3 * experiment.batch_size * experiment.flops(plain(experiment.model), *shapes)
 
 
 def _compile(made: Setup, batch: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ class Damaged(InputError):
 # Items of one checkpoint: arrays, data iterator, experiment, digests.
 _ITEMS = ("state", "data", "experiment", "digests")
 _FILES = "files.json"  # The list of the others.
+_ONWARD = "onward.json"  # Where the data goes on, if not where it stood; see `go_on`.
 _WHOLE = 64 << 20  # Bytes up to which a file has a digest: greater ones are leaves, which have.
 
 
@@ -162,6 +163,19 @@ def set_aside(directory: str | pathlib.Path, step: int) -> pathlib.Path:
     return folder.rename(aside)
 
 
+def go_on(directory: str | pathlib.Path, step: int, data: grain.DatasetIterator) -> None:
+    """Notes in a checkpoint that a run goes on from it with the batches that `data` is at.
+
+    `restore` then sets the data there and not where it stood, so that a run which left
+    batches out leaves them out again. It goes with the checkpoint when that goes.
+    """
+    folder = pathlib.Path(directory) / str(step)
+    state = data.get_state()
+    fresh = folder / f"{_ONWARD}.new"
+    fresh.write_text(json.dumps({"data": state, "digest": _sha(state)}))
+    fresh.replace(folder / _ONWARD)
+
+
 def restore(
     directory: str | pathlib.Path,
     step: int,
@@ -176,7 +190,7 @@ def restore(
       directory: the folder of checkpoints.
       step: which.
       target: the shapes, dtypes and shardings that are wanted.
-      data: set to the saved position, where given.
+      data: set to the saved position, or to that of `go_on`, where given.
       part: `target` may leave leaves of the checkpoint out; they are not read.
 
     Raises:
@@ -206,6 +220,11 @@ def restore(
             data.set_state(json.loads(states[0].read_text()))
             if proof["data"] != _sha(data.get_state()):
                 raise ValueError("the data iterator's digest does not match")
+            if (folder / _ONWARD).exists():
+                onward = json.loads((folder / _ONWARD).read_text())
+                if onward["digest"] != _sha(onward["data"]):
+                    raise ValueError(f"the digest of {_ONWARD} does not match")
+                data.set_state(onward["data"])
         return state
 
 

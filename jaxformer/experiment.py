@@ -170,7 +170,6 @@ FREE = (
     "pictures",
     "nonfinite",
     "spike",
-    "start",
     "data.workers",
     "model.remat",
     "model.unroll",

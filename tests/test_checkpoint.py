@@ -250,8 +250,14 @@ def damage_item(folder):
     shutil.rmtree(folder / "3" / "state")
 
 
+def damage_onward(folder):
+    checkpoint.go_on(folder, 3, batches())
+    path = folder / "3" / "onward.json"
+    path.write_text(path.read_text().replace('"step": 0', '"step": 5'))
+
+
 DAMAGES = [damage_truncate, damage_delete, damage_metadata, damage_digests, damage_position,
-           damage_item]  # fmt: skip
+           damage_item, damage_onward]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -84,3 +84,6 @@ def test_a_run_goes_on_from_another(tmp_path):
     second = train(still, tmp_path / "second", devices=jax.devices()[:1])
     jax.tree.map(np.testing.assert_array_equal, second.params, first.params)
     assert checkpoint.steps(tmp_path / "second" / "checkpoints") == [1]
+    other = dataclasses.replace(still, start=())
+    with pytest.raises(InputError, match=r"of another experiment(?s:.)*- start\.0"):
+        train(other, tmp_path / "second", devices=jax.devices()[:1])

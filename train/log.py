@@ -91,8 +91,8 @@ class Log:
             self._open(step, lost)
         self._write(step, {"back/from": spoiled, "back/batches": batches})
         self.say(
-            f"warning: step {spoiled}: {why}; back to the checkpoint of step {step}, whose "
-            f"next {batches} batches are left out"
+            f"warning: step {spoiled}: {why}; back to the checkpoint of step {step}, and the "
+            f"{batches} batches read since are left out"
         )
         self.counted, self.spent, self.mark = 0, 0.0, time.monotonic()
 

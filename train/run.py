@@ -167,8 +167,8 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
         if evaluates or saves:
             _look(run, state, *pending)
             pending = None
-            if not _all_finite(state.params):  # Nothing that is not finite is saved.
-                raise _spoiled(run, state, done, "a parameter is not finite")
+            if not _all_finite(state):  # Nothing that is not finite is saved.
+                raise _spoiled(run, state, done, _infinite(state))
             scores = {}
             try:
                 with run.log.clock.doing("evaluation"):
@@ -260,7 +260,10 @@ def _look(run: _Run, state: TrainState, step: int, metrics: dict[str, jax.Array]
     run.watchdog.alive(step)
     run.log.step(step, values)
     broken = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
-    what = f"{broken[0]} is {values[broken[0]]}" if broken else run.spikes.seen(values["loss"])
+    if broken:
+        what = f"{broken[0]} is {values[broken[0]]}"
+    else:
+        what = run.spikes.seen(values["loss"], values.get("stage"))
     if what and run.experiment.nonfinite != "skip":
         raise _spoiled(run, state, step, what)
     if run.log.skips_in_a_row >= SKIPS:
@@ -286,21 +289,34 @@ def _diverged(run: _Run, step: int, what: str) -> str:
 def _back(run: _Run, spoiled: Spoiled) -> tuple[TrainState, int]:
     """The state of the last checkpoint and its step; the data goes on from where it stands.
 
+    A checkpoint that was gone back to `BACKS` times may be spoiled itself, though all in it
+    is finite: it is deleted then, and the one before is taken.
+
     Raises:
-      Diverged: there is no checkpoint, or it was gone back to `BACKS` times.
+      Diverged: there is no checkpoint that was not gone back to so often.
     """
     _save(run)
     folder = run.log.workdir / "checkpoints"
-    step = (checkpoint.steps(folder) or [0])[-1]
-    if not step or run.backs[step] == BACKS:
+    saved = checkpoint.steps(folder)
+    left = [step for step in saved if run.backs[step] < BACKS]
+    if not left:
         raise Diverged(_diverged(run, spoiled.step, spoiled.what))
-    run.backs[step] += 1
+    for step in saved[saved.index(left[-1]) + 1 :]:
+        run.log.say(
+            f"warning: going back to step {step} was in vain {BACKS} times; it is deleted"
+        )
+        run.manager.delete(step)
     now = run.data.get_state()
-    state, _ = _restored(
-        run.experiment, run.made, folder, step, run.described, run.data, run.key
+    state, _, step = _newest(
+        run.experiment, run.made, folder, left, run.described, run.data, run.key, run.log.say
     )
+    run.manager.reload()  # Damaged ones are gone.
+    run.backs[step] += 1
     left_out = now["step"] - run.data.get_state()["step"]
     run.data.set_state(now)
+    if jax.process_index() == 0:
+        with _saving(folder):
+            checkpoint.go_on(folder, step, run.data)
     run.log.back(step, spoiled.step, left_out, spoiled.what)
     return state, step
 
@@ -332,18 +348,25 @@ def begin(
     whole = made.state.step.sharding
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(experiment.seed)
     saved = checkpoint.steps(folder)
-    while saved:
-        step = saved.pop()
+    if saved:
+        return _newest(experiment, made, folder, saved, described, data, key, say)
+    return _filled(experiment, made, made.init(key)), key, 0
+
+
+def _newest(experiment, made, folder, saved, described, data, key, say):
+    """What `begin` gives, of the last of the steps `saved` that is whole."""
+    while True:
+        *earlier, step = saved
         try:
             return *_restored(experiment, made, folder, step, described, data, key), step
         except checkpoint.Damaged as error:
-            if not saved:  # To begin anew is for a person to say.
+            if not earlier:  # To begin anew is for a person to say.
                 raise
-            say(f"warning: {error}; it is set aside, and step {saved[-1]} is taken")
+            say(f"warning: {error}; it is set aside, and step {earlier[-1]} is taken")
             if jax.process_index() == 0:
                 checkpoint.set_aside(folder, step)
             hosts.meet("set aside")
-    return _filled(experiment, made, made.init(key)), key, 0
+            saved = earlier
 
 
 def _filled(experiment: Experiment, made: Setup, state: TrainState) -> TrainState:
@@ -383,6 +406,12 @@ def _key_data(made: Setup, key: jax.Array) -> jax.Array:
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _infinite(state: TrainState) -> str:
+    parts = {"a parameter": state.params, "the optimizer's state": state.opt_state}
+    broken = [name for name, part in parts.items() if not _all_finite(part)]
+    return f"{(*broken, 'the average')[0]} is not finite"
 
 
 def _writable(workdir: pathlib.Path) -> None:

@@ -25,16 +25,20 @@ class Spikes:
     """Knows the losses of the last steps, and tells one that is far above them.
 
     `times` the median of the last `SPAN` is far; None is never, and so is a median of 0 or
-    less, whose multiples tell nothing. What was seen before a run
-    was started again is not known, so that the first `LEAST` steps pass.
+    less, whose multiples tell nothing. What was seen before a run was started again is not
+    known, nor is what a loss will be that a stage begins with, so that `LEAST` steps pass.
     """
 
     def __init__(self, times: float | None):
         self.times = times
         self.losses: collections.deque[float] = collections.deque(maxlen=SPAN)
+        self.stage: float | None = None
 
-    def seen(self, loss: float) -> str | None:
-        """Takes the next loss; what is wrong with it, if something is."""
+    def seen(self, loss: float, stage: float | None = None) -> str | None:
+        """Takes the next loss, and its stage if there are any; what is wrong, if a thing."""
+        if stage != self.stage:  # Losses of another kind are no measure of this one.
+            self.losses.clear()
+            self.stage = stage
         usual = statistics.median(self.losses) if len(self.losses) >= LEAST else math.inf
         if self.times is not None and usual > 0 and loss > self.times * usual:
             return (

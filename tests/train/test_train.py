@@ -223,15 +223,18 @@ DIGITS = Digits("train")
 
 
 def test_going_back_leaves_batches_out(tmp_path, capsys):
-    """Step 5 is spoiled, seen after step 6 was sent off, and 3 to 5 are left out, from 0."""
+    """Step 5 is spoiled, seen after step 6 was sent off, and 3 to 5 are left out, from 0.
+
+    So they are by a run that is killed after it went back, and started again.
+    """
     made = experiment("nonfinite=back", "keep.every=3", "steps=8", "eval_every=100", "evals={}",
-                      "keep.best=0")  # fmt: skip
+                      "keep.best=0", "keep.last=3")  # fmt: skip
     made = dataclasses.replace(made, data=Pipeline(Spoilt(4), made.data.transforms))
     state = train(made, tmp_path / "run", devices=jax.devices()[:1])
     said = capsys.readouterr().out
     assert (
-        "warning: step 5: loss is nan; back to the checkpoint of step 3, whose next 3 batches"
-        in said
+        "warning: step 5: loss is nan; back to the checkpoint of step 3, and the 3 batches "
+        "read since are left out" in said
     )
     assert [r["step"] for r in rows(tmp_path / "run") if "loss" in r] == list(range(1, 9))
     (told,) = (r for r in rows(tmp_path / "run") if "back/from" in r)
@@ -247,13 +250,21 @@ def test_going_back_leaves_batches_out(tmp_path, capsys):
         expected, _ = on.step(expected, batches[number], key)
     chex.assert_trees_all_equal(state, expected)
 
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    state = train(made, tmp_path / "run", devices=jax.devices()[:1])
+    assert "back to" not in (said := capsys.readouterr().out) and "resuming at step 3" in said
+    chex.assert_trees_all_equal(state, expected)
+
 
 @pytest.mark.slow
-def test_who_goes_back_in_vain_stops(tmp_path):
+def test_who_goes_back_in_vain_stops(tmp_path, capsys):
+    """Parameters of 1e30 are finite, and step 2 is saved: the one before is tried, too."""
     wild = ("optimizer.rate.warmup=20", "optimizer.rate.peak=1e30", "keep.every=1")
     with pytest.raises(Diverged, match="the checkpoint of step 2 is whole"):
         run(tmp_path, *wild, "nonfinite=back")
-    assert [r["step"] for r in rows(tmp_path) if "back/from" in r] == [2, 2, 2]
+    assert [r["step"] for r in rows(tmp_path) if "back/from" in r] == [1, 1, 1]
+    assert "going back to step 2 was in vain 3 times; it is deleted" in capsys.readouterr().out
 
 
 def test_a_spike_is_far_above_what_is_usual():
@@ -264,6 +275,8 @@ def test_a_spike_is_far_above_what_is_usual():
     assert spikes.seen(3.01) == told
     assert spikes.seen(3.01), "a spike is not usual"
     assert Spikes(None).seen(1e9) is None
+    assert [spikes.seen(9.0, stage=1.0) for _ in range(8)] == [None] * 8, "a stage begins"
+    assert "times 9, the median of the 8" in str(spikes.seen(28.0, stage=1.0))
     below = Spikes(3.0)  # Multiples of what is below 0 tell nothing.
     assert [below.seen(-2.0 + i / 100) for i in range(12)] == [None] * 12
     with pytest.raises(InputError, match="too late to skip"):

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,47 +13,75 @@ import numpy as np
 from evaluate.run import Trained, restored, trained
 from jaxformer.data.images import Decode, resized
 from jaxformer.data.loader import Pipeline
-from jaxformer.data.scenes import END, IMAGE, WORDS, Ask, encode
+from jaxformer.data.scenes import END, IMAGE, PAD, WORDS, Ask, encode
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.layers.cache import Stepper, empty
 from jaxformer.program import entry
 
 STEPS = 8  # words of the longest answer.
+FILL = 8  # tokens: prompts are as long as a multiple of it.
 
 
-def words(trained: Trained, test: Pipeline, image: np.ndarray, question: str) -> Iterator[str]:
-    """The words of the likeliest answer, one after the other.
+def asker(trained: Trained, test: Pipeline) -> Callable[[np.ndarray, str], Iterator[str]]:
+    """Who gives the words of the likeliest answer to a question, one after the other.
+
+    It is called with an image `[Y, X, 1]`, uint8 or float32 in [0, 1], bright digits on black,
+    and a question in the words of the scenes. What one question has compiled serves all whose
+    prompt, filled up to a multiple of 8 tokens, is as long.
 
     Args:
       trained: a `models.vlm.VLM` and its parameters.
       test: a pipeline as the model was evaluated with, which ends in `data.scenes.Ask`.
-      image: `[Y, X, 1]`, uint8 or float32 in [0, 1]; bright digits on black.
-      question: in the words of the scenes.
     """
     *before, ask = test.transforms
     if not isinstance(ask, Ask):
         raise InputError(f"the transforms end in {type(ask).__name__}; they must end in Ask")
-    record: dict[str, Any] = {"image": image, "source": "the image"}
-    for transform in before:
-        record = transform(record)
-    prompt = [IMAGE] * ask.places + encode(question)
     model: Any = trained.model
-    variables = {"params": trained.params}
-    images = jnp.asarray(record["image"])[None, None]
+
     # One row does not divide over a mesh: it is laid out by no rules.
-    cache = empty(model, variables, 1, len(prompt) + STEPS)
-    step = Stepper(model, variables, {"images": images})
-    run = jax.jit(lambda *new, fresh: step(*new, fresh=fresh), static_argnames="fresh")
-    at = jnp.arange(len(prompt))[None]
-    logits, cache = run(cache, jnp.array([prompt]), at, fresh=True)
-    for number in range(len(prompt), len(prompt) + STEPS):
-        word = int(logits[0, -1].argmax())
-        if word == END:
-            return
-        yield WORDS[word]
-        new = jnp.array([[word]]), jnp.array([[number]])
-        logits, cache = run(cache, *new, fresh=False)
+    @jax.jit
+    def first(params, tokens, lengths, images):
+        variables, T = {"params": params}, tokens.shape[1]
+        step = Stepper.prompted(model, variables, tokens, lengths, {"images": images})
+        at = jnp.where(jnp.arange(T)[None] < lengths[:, None], jnp.arange(T)[None], -1)
+        cache = empty(model, variables, 1, T + STEPS)
+        logits, cache = step(cache, tokens, at, fresh=True, read=lengths[:, None] - 1)
+        return logits[:, -1].argmax(-1), cache, step.then
+
+    @jax.jit
+    def after(params, then, cache, word, at):
+        step = Stepper(model, {"params": params}, then=then)
+        logits, cache = step(cache, word[:, None], at[:, None])
+        return logits[:, -1].argmax(-1), cache
+
+    def answer(image: np.ndarray, question: str) -> Iterator[str]:
+        record: dict[str, Any] = {"image": image, "source": "the image"}
+        for transform in before:
+            record = transform(record)
+        prompt = [IMAGE] * ask.places + asked(question)
+        tokens = jnp.array([prompt + [PAD] * (-len(prompt) % FILL)])
+        at, images = jnp.array([len(prompt)]), jnp.asarray(record["image"])[None, None]
+        word, cache, then = first(trained.params, tokens, at, images)
+        for _ in range(STEPS):
+            if int(word[0]) == END:
+                return
+            yield WORDS[int(word[0])]
+            word, cache = after(trained.params, then, cache, word, at)
+            at += 1
+
+    return answer
+
+
+def asked(question: str) -> list[int]:
+    """The ids of a question.
+
+    Raises:
+      InputError: it is empty, or in other words than those of the scenes.
+    """
+    if not question.strip():
+        raise InputError("the question is empty; ask something")
+    return encode(question)
 
 
 def read(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -102,9 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     experiment = load(args.config, args.overrides)
     task = asking(experiment, args.config)
     image = read(args.image, task.test.source.size)
-    encode(args.question)  # Before the checkpoint is read.
+    asked(args.question)  # Before the checkpoint is read.
     _, made, params = restored(experiment, args.checkpoint)
-    for word in words(trained(experiment, made, params), task.test, image, args.question):
+    answer = asker(trained(experiment, made, params), task.test)
+    for word in answer(image, args.question):
         print(word, end=" ", flush=True)
     print()
     return 0

@@ -82,13 +82,15 @@ def generate(
 
     def run(apply, params, batch):
         variables = {"params": params}
+        # What fills up the last batch is a prompt of one token.
+        lengths = batch["lengths"].clip(1)
+        beside = {name: batch[name] for name in given}
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["number"])
         made = sample(
-            Stepper(model, variables, {name: batch[name] for name in given}),
+            Stepper.prompted(model, variables, batch["tokens"], lengths, beside),
             empty(model, variables, len(batch["tokens"]), length),
             batch["tokens"],
-            # What fills up the last batch is a prompt of one token.
-            batch["lengths"].clip(1),
+            lengths,
             keys,
             steps=steps,
             room=length,

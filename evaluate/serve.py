@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from evaluate.ask import asking, decoded, words
+from evaluate.ask import asker, asking, decoded
 from evaluate.run import restored, trained
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
@@ -148,11 +148,11 @@ def answers(experiment: Any, checkpoint: str, config: str) -> Answer:
     """What a trained config with a task `vqa` answers, as `evaluate.ask` does."""
     task = asking(experiment, config)
     _, made, params = restored(experiment, checkpoint)
-    found, size = trained(experiment, made, params), task.test.source.size
+    words, size = asker(trained(experiment, made, params), task.test), task.test.source.size
 
     def answer(data: bytes, question: str) -> str:
         image = decoded(data, "the image", size)
-        return " ".join(words(found, task.test, image, question))
+        return " ".join(words(image, question))
 
     return answer
 

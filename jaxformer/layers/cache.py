@@ -220,6 +220,26 @@ class Stepper(struct.PyTreeNode):
     prompt: Mapping[str, Any] = struct.field(default_factory=dict)
     then: Mapping[str, Any] = struct.field(default_factory=dict)
 
+    @classmethod
+    def prompted(
+        cls,
+        model: nn.Module,
+        variables: Mapping[str, Any],
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        given: Mapping[str, Any],
+    ) -> Stepper:
+        """Of a model whose prompts, of so many `lengths`, come with what is `given`.
+
+        A model that needs more than the cache after them, such as one whose text looks at
+        images again and again, has a method `prompted` that tells, see `models.vlm.VLM`.
+        """
+        prompt, then = given, {}
+        if given and hasattr(model, "prompted"):
+            how: dict[str, Any] = {"method": "prompted", **given}
+            prompt, then = model.apply(variables, tokens, lengths, **how)
+        return cls(model, variables, prompt, then)
+
     def __call__(
         self,
         cache: Any,

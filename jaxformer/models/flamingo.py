@@ -27,9 +27,18 @@ class Flamingo(VLM):
     such as `gated` makes; without images it is the language model alone.
 
     `features` are what `encode` gave, in the place of images, and `seen` the number of the
-    image, from 1, that each token sees: how a cache goes on after the prompt,
-    `Stepper(model, variables, {"images": images}, {"features": features, "seen": last})`.
+    image, from 1, that each token sees: how a cache goes on after the prompt, see `prompted`.
     """
+
+    def prompted(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `VLM`: what follows sees the last image of the prompt."""
+        features = self.encode(given["images"])
+        rest = {name: x for name, x in given.items() if name != "images"}
+        seen = latest(tokens == self.image)
+        seen = jnp.take_along_axis(seen, lengths[:, None] - 1, 1)
+        return rest | {"features": features}, {"features": features, "seen": seen}
 
     def hidden(
         self,

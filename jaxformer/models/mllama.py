@@ -4,6 +4,8 @@ Source: Grattafiori et al. 2024 (Llama 3, arXiv 2407.21783), and the code of tra
 (`mllama`), whose quirks are kept: padding sees, and is seen by, what is none.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -71,6 +73,16 @@ class Mllama(VLM):
     `features` are what `encode` gave, in the place of images, and `seen` the first and the
     last image that each token sees: how a cache goes on, as of `Flamingo`.
     """
+
+    def prompted(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `VLM`: what follows sees the last images of the prompt."""
+        kept = {"ratios": given["ratios"]}
+        kept["features"] = self.encode(given["images"], given["ratios"])
+        seen = neighbours(tokens == self.image)
+        seen = jnp.take_along_axis(seen, lengths[:, None, None] - 1, 1)
+        return kept, kept | {"seen": seen}
 
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -51,8 +51,7 @@ class NativeVLM(VLM):
     where there are no images. `seconds` `[B, n]` are those of a frame of each video, 1 if
     not given, where the model has a `rate`: so many places a second.
 
-    After a prompt a cache goes on with what `delta` gives: `Stepper(model, variables,
-    {"patches": patches, "grids": grids}, {"delta": model.delta(tokens, grids)})`.
+    After a prompt a cache goes on with what `delta` gives, see `prompted`.
 
     Raises:
       ValueError: places that are not as many as a row's grids have merged tokens, where
@@ -67,6 +66,13 @@ class NativeVLM(VLM):
     ) -> Any:
         """What the language model reads of a row's images, in order: `[B, s, D]`."""
         return self.connector(self.vision.encode(patches, grids, train=train))
+
+    def prompted(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `VLM`: what follows stands farther on than it is in the row."""
+        delta = self.delta(tokens, given["grids"], lengths, given.get("seconds"))
+        return given, {"delta": delta}
 
     def hidden(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -88,6 +88,18 @@ class VLM(nn.Module):
         x = self.connector(x[:, self.skip :])
         return x.reshape(B, n, *x.shape[1:])
 
+    def prompted(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `hidden` is given beside prompts, and beside the tokens that follow them.
+
+        Args:
+          tokens: of any content behind their `lengths`.
+          lengths: of the prompts.
+          **given: beside the prompts by who calls.
+        """
+        return given, {}
+
     def hidden(
         self,
         tokens: Int[Array, "B T"],

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,10 @@ from jaxformer.errors import InputError
 from jaxformer.layers.block import Chain
 from jaxformer.layers.connect import Merge, Project
 from jaxformer.models.decoder import Decoder
+from jaxformer.models.flamingo import Flamingo, gated
 from jaxformer.models.vit import ViT
 from jaxformer.models.vlm import VLM
+from jaxformer.samplers.logits import GREEDY
 from tests.layers.test_block import randomized
 
 KINDS = ("left", "read")
@@ -91,8 +95,59 @@ def test_an_answer_comes_word_by_word(trained):
     found = answered(trained, test, [2])[0]
     for kind, text in zip(KINDS, found, strict=True):
         asked = question(kind, test.source[2])[0]
-        made = list(ask.words(trained, test, test.source[2]["image"], asked))
+        made = list(ask.asker(trained, test)(test.source[2]["image"], asked))
         assert made[:5] == text.split()[:5] and len(made) <= ask.STEPS
+
+
+def test_questions_of_like_length_compile_once(trained, caplog):
+    """The first compiles; one of other words and another image does not, nor a longer one."""
+    answer = ask.asker(trained, Pipeline(Scenes("test", 5), (Normalize(), Ask(2, 40, KINDS))))
+    draw = np.random.default_rng(0)
+
+    def compiled(question):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            list(answer(draw.random((16, 32, 1), np.float32), question))
+        return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+    assert compiled("what is the sum ?")
+    assert compiled("which digit is largest ?") == compiled("how many ?") == []
+
+
+@pytest.mark.slow  # Compiles a program or two.
+def test_words_after_a_prompt_still_see_the_image_through_gates(trained):
+    """Of a model with gated cross-attention: as the whole text says at once."""
+    parts: VLM = MODEL
+    model = Flamingo(parts.vision, Project(12), gated(parts.language), IMAGE)
+    tokens, images = jnp.full((1, 4), 3), jnp.zeros((1, 1, 16, 32, 1))
+    params = randomized(
+        jax.jit(model.init)(jax.random.key(0), tokens, images), jax.random.key(1)
+    )
+    seen = dataclasses.replace(trained, apply=model.apply, params=params, model=model)
+    scene, asked = Scenes("test", 5)[0]["image"], "what is the sum ?"
+    test = Pipeline(Scenes("test", 5), (Normalize(), Ask(1, 40, KINDS)))
+    record = Normalize()({"image": scene})["image"]
+    image, ids, made = jnp.asarray(record)[None, None], [IMAGE, *encode(asked)], []
+    row = np.zeros((1, 16), np.int32)
+
+    @jax.jit
+    def whole(params, row, image):
+        features = model.apply({"params": params}, image, method="encode")
+        # Words that are drawn are no further images.
+        how = {"seen": jnp.ones_like(row), "features": features}
+        return model.apply({"params": params}, row, **how)
+
+    for _ in range(ask.STEPS):
+        row[0, : len(ids) + len(made)] = ids + made
+        logits = whole(params, jnp.asarray(row), image)
+        made.append(int(logits[0, len(ids) + len(made) - 1].argmax()))
+        if made[-1] == END:
+            break
+    assert " ".join(ask.asker(seen, test)(scene, asked)) == decode(made)
+    generated = generate(
+        seen, [ids], length=16, steps=len(made), law=GREEDY, beside=[{"images": image[0]}]
+    )
+    assert generated == [made] and len(made) > 2
 
 
 def test_a_picture_is_read_in_grey_and_in_size(tmp_path):
@@ -111,15 +166,18 @@ def test_a_question_in_other_words_is_told_before_anything_is_read(tmp_path, cap
     argv = ["configs/vlm_digits.py", str(path), "what is love ?", "--checkpoint", "nowhere"]
     assert ask.main(argv) == 2
     assert "'love' is no word of the scenes" in capsys.readouterr().err
+    argv[2] = " "
+    assert ask.main(argv) == 2
+    assert "the question is empty; ask something" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # Compiles a program or two.
 def test_digits_are_polled_by_what_is_answered(trained):
     test = Pipeline(Scenes("test", 3), (Normalize(), Ask(2, 40, KINDS)))
     digits = [{int(d) for d in test.source[i]["digits"] if d >= 0} for i in range(3)]
-    asked, said = polls(digits, each=1), []
+    answer, asked, said = ask.asker(trained, test), polls(digits, each=1), []
     for image, digit, _ in asked:
         question = f"how many {NAMES[digit]} are there ?"
-        made = ask.words(trained, test, test.source[image]["image"], question)
+        made = answer(test.source[image]["image"], question)
         said.append(next(made, "") != "0")
     assert Presence(test).run(trained) == yes_no(said, [poll.truth for poll in asked])

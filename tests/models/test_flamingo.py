@@ -124,9 +124,7 @@ def test_greedy_decoding_is_as_the_whole():
 
     @jax.jit
     def generate(images):
-        features = MODEL.apply(variables, images, method="encode")
-        then = {"features": features, "seen": last}
-        step = Stepper(MODEL, variables, {"features": features}, then)
+        step = Stepper.prompted(MODEL, variables, tokens, lengths, {"images": images})
         how = {"steps": steps, "room": slots(cache), "law": GREEDY}
         return sample(step, cache, tokens, lengths, jax.random.key(0), **how)
 

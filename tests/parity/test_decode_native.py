@@ -31,7 +31,8 @@ def test_tokens_after_images_are_as_the_whole_text(name):
 
     @jit
     def both(cache):
-        step = Stepper(model, variables, prompt, {"delta": delta})
+        lengths = jnp.full(rows, PROMPT)
+        step = Stepper.prompted(model, variables, tokens[:, :PROMPT], lengths, prompt)
         at = jnp.broadcast_to(jnp.arange(PROMPT)[None], (rows, PROMPT))
         found, cache = step(cache, tokens[:, :PROMPT], at, fresh=True)
         out = [found]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from jaxformer.layers.cache import Stepper, empty
-from jaxformer.models.mllama import neighbours
 from tests.parity import mllama, queries
 from tests.parity.case import TOLERANCE
 from tests.parity.test_parity import jit, load
@@ -22,25 +21,22 @@ def test_tokens_after_images_are_as_the_whole_text(name):
     prompt = {k: jnp.asarray(x) for k, x in inputs.items() if k != "tokens"}
     model, params = load(name)
     variables = {"params": params}
-    after = {}
-    if name == "mllama":  # Whose text looks at the images again and again.
-        given = (prompt["images"], prompt["ratios"])
-        features = jit(lambda *x: model.apply(variables, *x, method="encode"))(*given)
-        seen = neighbours(tokens == mllama.IMAGE)[:, -1:]
-        after = {"features": features, "ratios": prompt["ratios"], "seen": seen}
     cache = empty(model, variables, len(tokens), tokens.shape[1])
 
     @jit
     def first(cache):
         at = jnp.broadcast_to(jnp.arange(PROMPT)[None], (len(tokens), PROMPT))
-        return Stepper(model, variables, prompt)(cache, tokens[:, :PROMPT], at, fresh=True)
+        lengths = jnp.full(len(tokens), PROMPT)
+        # The text of mllama looks at the images again and again: they are `then`.
+        step = Stepper.prompted(model, variables, tokens[:, :PROMPT], lengths, prompt)
+        return *step(cache, tokens[:, :PROMPT], at, fresh=True), step.then
 
     @jit
-    def then(cache, token, at):
-        return Stepper(model, variables, then=after)(cache, token, at)
+    def after(cache, token, at):
+        return Stepper(model, variables, then=then)(cache, token, at)
 
-    found, cache = first(cache)
+    found, cache, then = first(cache)
     np.testing.assert_allclose(found, theirs["logits"][:, :PROMPT], rtol=0, atol=TOLERANCE)
     for i in range(PROMPT, tokens.shape[1]):
-        found, cache = then(cache, tokens[:, i : i + 1], jnp.full((len(tokens), 1), i))
+        found, cache = after(cache, tokens[:, i : i + 1], jnp.full((len(tokens), 1), i))
         np.testing.assert_allclose(found[:, 0], theirs["logits"][:, i], rtol=0, atol=TOLERANCE)

@@ -5,8 +5,11 @@ a rate of 1e-3, warm-up 3 %, a cosine to 0, AdamW without decay. Tower: CLIP L/1
 pixels before its last layer, 576 patches; connector: an MLP; decoder: Vicuna 7B (Llama 2).
 7,050,312,704 parameters, of which 20,979,712 train. The second stage is llava_7b_instruct.py.
 Expected: not run here; on 256 TPU v5p a plan has 163 ms a step, 6 minutes (docs/pods.md).
-Data: `data/llava/pretrain.json*` as JSON Lines in LLaVA's layout with images under
-`data/llava/images`, `tokenizer.json` and the two models, as the hub has them, beside. Command:
+Data: `data/llava/pretrain.jsonl` as JSON Lines in LLaVA's layout with images under
+`data/llava/images`, `tokenizer.json` and the two models beside, as safetensors: where the
+hub has a pickle alone (`pytorch_model*.bin`), which is never read, write the model anew by
+transformers' `CLIPModel.from_pretrained(NAME).save_pretrained(FOLDER)`, and Vicuna by
+`LlamaForCausalLM`. Command:
     python -m train configs/llava_7b.py --mesh data=4,fsdp=64
 """
 
@@ -68,8 +71,19 @@ def experiment() -> Experiment:
         optimizer=Parts(AdamW(rate=Cosine(peak=1e-3, warmup=0.03), decay=0.0), ("connector",)),
         data=dialogues("pretrain", 768),
         start=(
-            Hub("data/llava/clip-vit-large-patch14-336", "vision/encoder", "vision"),
-            Hub("data/llava/vicuna-7b-v1.5", "language"),
+            # Of 24 layers 23 run.
+            Hub(
+                "data/llava/clip-vit-large-patch14-336",
+                "vision/encoder",
+                "vision",
+                apart=(("stack", 0),),
+            ),
+            # Without the image's token.
+            Hub(
+                "data/llava/vicuna-7b-v1.5",
+                "language",
+                apart=(("table", 0), ("head", 1)),
+            ),
         ),
         steps=math.ceil(PAIRS / BATCH),
         batch_size=BATCH,

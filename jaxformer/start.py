@@ -18,22 +18,26 @@ from jaxformer.errors import InputError
 from jaxformer.optim import under
 from jaxformer.sharding import Rules
 
+Apart = tuple[tuple[str, int], ...]  # A path of parameters, and an axis of them.
+
 
 @dataclass(frozen=True)
 class Hub:
     """Those of a directory as Hugging Face saves it: what is under `of` goes under `into`.
 
-    Both are paths of parameters, and "" is all. See `filled`.
+    Both are paths of parameters, and "" is all. `apart` are those under `into` that may be
+    longer or shorter than the directory's, each with the axis. See `filled`.
     """
 
     path: str
     into: str = ""
     of: str = ""
+    apart: Apart = ()
 
     def read(self, params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         """The parameters with those of the directory among them."""
         found = convert.load(self.path, mesh=mesh, rules=rules)[1]
-        return filled(params, found, self.into, self.of, self.path)
+        return filled(params, found, self.into, self.of, self.path, self.apart)
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,35 @@ class Run:
         return found["state"]["params"]
 
 
-def filled(params: PyTree, found: PyTree, into: str, of: str, where: str) -> PyTree:
+def filled(
+    params: PyTree, found: PyTree, into: str, of: str, where: str, apart: Apart = ()
+) -> PyTree:
     """`params` of which all under `into` are those that `found` has under `of`.
 
-    Arrays may differ along one axis: layers or tokens that `params` does not have are left
-    out, and those that `found` does not have stay as they are. What else `found` has is left
-    out too.
+    Arrays have the same shape, but along the axes that `apart` names for what is under a
+    path: layers or tokens that `params` does not have are left out, and those that `found`
+    does not have stay as they are. What else `found` has is left out too.
 
     Raises:
-      InputError: an array is not there or of other shape; all are listed.
+      InputError: an array is not there or of other shape, or a path of `apart` has none;
+        all are listed.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
     there: dict[str, Any] = traverse_util.flatten_dict(found, sep="/")
-    wrong, own = [], [path for path in flat if not into or under(path, into)]
-    for path in own:
-        name = f"{of}/{path[len(into) :].lstrip('/')}".strip("/")
+    own = {
+        path: path[len(into) :].lstrip("/") for path in flat if not into or under(path, into)
+    }
+    missing = {
+        f"{into}/{x}".strip("/") for x, _ in apart if not any(under(p, x) for p in own.values())
+    }
+    wrong = [f"- {name}" for name in sorted(missing)]
+    for path, rest in own.items():
+        name = f"{of}/{rest}".strip("/")
         old, new = flat[path], there.get(name)
+        axes = {axis for part, axis in apart if under(rest, part)}
         if new is None:
             wrong.append(f"- {name}")
-        elif new.ndim != old.ndim or _apart(new, old) > 1:
+        elif new.ndim != old.ndim or _apart(new, old) - axes:
             wrong.append(f"- {name} {tuple(old.shape)}\n+ {name} {tuple(new.shape)}")
         else:
             same = tuple(slice(min(a, b)) for a, b in zip(new.shape, old.shape, strict=True))
@@ -79,12 +93,13 @@ def filled(params: PyTree, found: PyTree, into: str, of: str, where: str) -> PyT
             flat[path] = jax.device_put(new.astype(old.dtype), old.sharding)
     if wrong or not own:
         raise InputError(
-            f"{where}: does not fill what is under {into!r}; name other paths (- what is "
-            "wanted, + what is there):\n" + "\n".join(wrong or [f"- {into}"])
+            f"{where}: does not fill what is under {into!r}; name other paths, or in `apart` "
+            "the axes that may differ (- what is wanted, + what is there):\n"
+            + "\n".join(wrong or [f"- {into}"])
         )
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _apart(a: Any, b: Any) -> int:
-    """Along how many axes two arrays of one rank differ in size."""
-    return sum(x != y for x, y in zip(a.shape, b.shape, strict=True))
+def _apart(a: Any, b: Any) -> set[int]:
+    """The axes along which two arrays of one rank differ in size."""
+    return {i for i, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)) if x != y}

@@ -25,7 +25,8 @@ PARAMS = {
 
 def test_what_is_under_a_path_is_filled_and_nothing_else():
     found = {"table": jnp.ones((4, 3)), "head": jnp.ones((3, 4)), "norm": jnp.ones(3)}
-    made = filled(PARAMS, found, "language", "", "here")
+    apart = (("table", 0), ("head", 1))
+    made = filled(PARAMS, found, "language", "", "here", apart)
     expected = np.ones((5, 3))
     expected[4] = 0  # A token that is new.
     np.testing.assert_array_equal(made["language"]["table"], expected)
@@ -36,11 +37,13 @@ def test_what_is_under_a_path_is_filled_and_nothing_else():
 def test_layers_that_are_not_there_are_left_out():
     stack = jnp.arange(12.0).reshape(3, 4)
     found = {"tower": {"vision": {"stack": stack, "norm": jnp.ones(4)}}}
-    made = filled(PARAMS, found, "vision", "tower/vision", "here")
+    made = filled(PARAMS, found, "vision", "tower/vision", "here", (("stack", 0),))
     np.testing.assert_array_equal(made["vision"]["stack"], stack[:2])
     whole = filled(PARAMS, PARAMS | {"more": jnp.ones(2)}, "", "", "here")
     assert jax.tree.structure(whole) == jax.tree.structure(PARAMS)
-    part = filled(PARAMS["vision"], found, "", "tower/vision", "here")  # All, of a part.
+    part = filled(
+        PARAMS["vision"], found, "", "tower/vision", "here", (("stack", 0),)
+    )  # All, of a part.
     np.testing.assert_array_equal(part["norm"], np.ones(4))
 
 
@@ -56,6 +59,18 @@ def test_layers_that_are_not_there_are_left_out():
 def test_what_does_not_fill_is_told(into, found, said):
     with pytest.raises(InputError, match=said):
         filled(PARAMS, found, into, "", "here")
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [(), (("stack", 1),), (("norm", 0),), (("stack", 0), ("stacks", 0))],
+    ids=["none", "another axis", "another array", "no such array"],
+)
+def test_what_differs_is_told_where_the_config_does_not_say_so(apart):
+    found = {"stack": jnp.ones((3, 4)), "norm": jnp.ones(4)}
+    said = r"- vision/stacks" if len(apart) == 2 else r"- stack \(2, 4\)\n\+ stack \(3, 4\)"
+    with pytest.raises(InputError, match=f"in `apart` the axes that may differ(.|\n)*{said}$"):
+        filled(PARAMS, found, "vision", "", "here", apart)
 
 
 @pytest.mark.slow

@@ -138,7 +138,10 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
         placed, names = None, [before + WEIGHTS]
     else:
         pickled = sorted(p.name for p in directory.glob("*.bin"))
-        remedy = f"convert {pickled[0]} with safetensors first" if pickled else "fetch it"
+        remedy = "fetch it"
+        if pickled:
+            remedy = f"{pickled[0]} is a pickle, which is never read: write the model anew "
+            remedy += "by transformers' save_pretrained"
         raise InputError(f"{directory}: has no {WEIGHTS} and no {INDEX}; {remedy}")
     found: dict[str, Stored] = {}
     for name in names:

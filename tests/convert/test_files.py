@@ -95,7 +95,7 @@ def test_a_config_that_cannot_be(saved, fields, said):
 
 def test_only_safetensors_are_read(saved):
     (saved / files.WEIGHTS).rename(saved / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin with safetensors first"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle, which is never"):
         convert.load(saved)
 
 

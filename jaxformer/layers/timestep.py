@@ -131,12 +131,12 @@ class AdaBlock(Block):
 
 
 class AdaCrossBlock(AdaBlock):
-    """An `AdaBlock` that looks at a `context` `[B, S, C]` too, between attention and MLP.
+    """An `AdaBlock` that looks at a `context` `[B, S, Z]` too, between attention and MLP.
 
     The condition makes shift, scale and gate of that as well, in the middle, so that this
     block is the identity at first too. `context_mask` says which of it a token sees. Latent
     diffusion's cross-attention (Rombach et al. 2022, arXiv 2112.10752) in a transformer, as
-    in PixArt (2310.00426), where it has no gate.
+    in PixArt (2310.00426), where it has no norm and no gate.
     """
 
     cross: nn.Module | None = None  # Attention; required.
@@ -147,7 +147,7 @@ class AdaCrossBlock(AdaBlock):
         x,
         *,
         condition: Float[Array, "#B #T C"],
-        context: Float[Array, "B S C"],
+        context: Float[Array, "B S Z"],
         context_mask: Mask | None = None,
         train=False,
         drop_path_rate=None,

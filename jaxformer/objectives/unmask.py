@@ -175,34 +175,42 @@ def exact(
     return (each.sum(1) * jnp.asarray(ways, each.dtype)).sum()
 
 
-def least_variance(
+def variances(
     nats_of: Callable[[Array, Array], Array],
     tokens: Int[Array, "B T"],
     key: Array,
     *,
     mask_id: int,
     block: int | None = None,
+    hidden: Bool[Array, "B T"] | None = None,
     width: float = 0.5,
     step: float = 0.05,
-) -> Clipped:
-    """The `Clipped` schedule under which the loss of a row varies least.
+) -> dict[Clipped, float]:
+    """How much the loss of a row varies, in (nats a token) squared, by `Clipped` schedule.
 
     Of all intervals of at least `width` whose ends are multiples of `step`; `nats_of(noisy,
-    tokens) -> [B, T]`. Source: BD3-LM, arXiv 2503.09573, whose grid and steps these are.
+    tokens) -> [B, T]`, and `hidden` is what may be masked, all if not given. Source: BD3-LM,
+    arXiv 2503.09573, whose grid and steps these are.
     """
-    ends = np.arange(0, 1 + step / 2, step)
-    best = None
+    ends, found = np.arange(0, 1 + step / 2, step), {}
+    may = jnp.ones(tokens.shape, bool) if hidden is None else hidden
+
+    how: dict[str, Any] = {"mask_id": mask_id, "block": block, "hidden": may}
+    nats_of = jax.jit(nats_of)
     for low, high in itertools.product(ends, ends):
-        if high - low < width - step / 2:
-            continue
-        schedule = Clipped(max(float(low), FLOOR), float(high))
-        noisy = by_time(tokens, key, mask_id=mask_id, schedule=schedule, block=block)
-        each = jnp.where(noisy.weight > 0, nats_of(noisy.tokens, tokens), 0)
-        variance = float((each * noisy.weight).mean(1).var())
-        if best is None or variance < best[0]:
-            best = (variance, schedule)
-    assert best is not None
-    return best[1]
+        if high - low >= width - step / 2:
+            schedule = Clipped(max(float(low), FLOOR), float(high))
+            noisy = by_time(tokens, key, schedule=schedule, **how)
+            each = jnp.where(noisy.weight > 0, nats_of(noisy.tokens, tokens), 0)
+            rows = (each * noisy.weight).sum(1) / may.sum(1)
+            found[schedule] = float(rows.var())
+    return found
+
+
+def least_variance(*args: Any, **how: Any) -> Clipped:
+    """The `Clipped` schedule under which the loss of a row varies least; see `variances`."""
+    found = variances(*args, **how)
+    return min(found, key=found.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +331,21 @@ class Unmask:
             for name, (unit, size) in sizes.items():
                 found[f"{name}_error"] = metrics.Error(variance / unit**2, size)
         return found
+
+    def costs(
+        self, apply: Callable[..., Any], params: Any
+    ) -> Callable[[Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T"]]:
+        """`(noisy, tokens) -> nats` of every token: what `variances` asks of a model."""
+
+        def nats_of(noisy, tokens):
+            hides = (noisy == self.mask_id).astype(jnp.float32)
+            size = self.block or tokens.shape[1]
+            share = hides.reshape(len(hides), -1, size).mean(-1).repeat(size, 1)
+            made = Noisy(noisy, hides, share)
+            options = {"mutable": ["losses"]}
+            return self._guess(apply, params, {"tokens": tokens}, made, options)[0]
+
+        return nats_of
 
     def _hidden(self, batch) -> Bool[Array, "B T"]:
         hidden = learned(batch)

@@ -25,6 +25,7 @@ from jaxformer.objectives.unmask import (
     loss,
     nats,
     two_streams,
+    variances,
 )
 from jaxformer.steps import init_state, train_step
 from tests.layers.test_block import randomized
@@ -341,6 +342,29 @@ def test_the_clipped_schedule_of_least_variance_is_found():
     pairs = [(a, b) for a in ends for b in ends if b - a >= 0.5]
     assert (found.low, found.high) == min(pairs, key=lambda pair: variance(*pair)) == (0.5, 1)
     assert variance(0.5, 1.0) < variance(0.0, 1.0) / 2
+    told = variances(guess, tokens, key, mask_id=9, step=0.25)
+    for (low, high), schedule in zip(pairs, told, strict=True):
+        assert (schedule.low, schedule.high) == (max(low, 1e-3), high)
+        assert told[schedule] == pytest.approx(variance(low, high), rel=1e-4)
+    hidden = jnp.broadcast_to(jnp.arange(16) < 8, tokens.shape)
+    half = variances(guess, tokens, key, mask_id=9, hidden=hidden, width=1.0)
+    noisy = by_time(tokens, key, mask_id=9, schedule=Clipped(1e-3, 1.0), hidden=hidden)
+    each = (guess(noisy.tokens, tokens) * noisy.weight)[:, :8].mean(1)
+    assert half == {Clipped(1e-3, 1.0): pytest.approx(float(each.var()), rel=1e-4)}
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_what_a_guess_costs_is_what_the_loss_weighs(block):
+    tokens, params = case()
+    objective = Unmask(11, block=block, shift=True, chunk=None)
+    hidden = jnp.arange(8)[None].repeat(len(tokens), 0) > 0
+    drawn, _ = jax.random.split(jax.random.key(0))
+    noisy = by_time(tokens, drawn, mask_id=11, block=block, hidden=hidden)
+    each = jax.jit(objective.costs(MODEL.apply, params))(noisy.tokens, tokens)
+    run = jax.jit(functools.partial(objective.loss, MODEL.apply))
+    found, _ = run(params, {"tokens": tokens}, jax.random.key(0))
+    wanted = (each * noisy.weight).sum() / hidden.sum()
+    assert found == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_experts_are_balanced_as_they_are_for_the_next_token():

@@ -1,5 +1,6 @@
 """Pictures out of a trained model of noise, drawn over its mesh."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from evaluate.encoder import Encoder
 from evaluate.generate import Records
 from evaluate.run import Trained
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
-from jaxformer.objectives.condition import known
+from jaxformer.data.text import Caption
+from jaxformer.objectives.condition import Classes, known
 from jaxformer.samplers.autoregressive import fold
 from jaxformer.samplers.guidance import NONE, Guidance
 from jaxformer.samplers.noise import start
 from jaxformer.samplers.ode import Ode
+from jaxformer.sharding import make_mesh
 
 PIXELS, ODE = Normalize(), Ode()
 
@@ -27,6 +31,9 @@ class Draw:
     """How pictures are drawn: `shape` of one, by which sampler, how guided, from which seed.
 
     `normalize` is the data's, and is undone: pixels come out in [0, 1], what is beyond cut.
+    With an `autoencoder`, whose model has `decode`, `shape` is that of its latents, and
+    `normalize` what its images went through. With `captions` the model is told a class in
+    words, as `(x, t, tokens, real)`.
     """
 
     shape: tuple[int, int, int]
@@ -34,6 +41,29 @@ class Draw:
     sampler: Any = ODE
     guidance: Guidance = NONE
     seed: int = 0
+    autoencoder: Encoder | None = None
+    captions: Caption | None = None
+
+    def check(self) -> None:
+        """Raises InputError where there is no autoencoder."""
+        if self.autoencoder is not None:
+            self.autoencoder.check()
+
+    def classes(self, trained: Trained) -> Classes | None:
+        """What a picture can be asked to be of."""
+        if self.captions is not None:
+            return Classes(len(self.captions.names))
+        return trained.objective.classes
+
+    @functools.cached_property
+    def size(self) -> tuple[int, ...]:
+        """Rows and columns of a picture."""
+        if self.autoencoder is None:
+            return tuple(self.shape[:2])
+        found, _ = self.autoencoder.load(make_mesh("", jax.local_devices()))
+        latents = jax.ShapeDtypeStruct((1, *self.shape), jnp.float32)
+        made = jax.eval_shape(functools.partial(_decode, found.apply), found.params, latents)
+        return made.shape[1:3]
 
     def images(
         self, trained: Trained, labels: Sequence[int] | None, count: int | None = None
@@ -47,7 +77,7 @@ class Draw:
             of another objective or with more steps than its schedule.
         """
         objective = trained.objective
-        classes = objective.classes
+        classes, captions = self.classes(trained), self.captions
         self.guidance.check(trained.model, classes)
         if labels is None:
             records = [{"number": np.int32(i)} for i in range(count or 0)]
@@ -58,9 +88,15 @@ class Draw:
                 for i, label in enumerate(labels)
             ]
 
+        def told(label):
+            if captions is None:
+                return (label,)
+            return tuple(jnp.asarray(of_all)[label] for of_all in captions.table())
+
         def run(apply, params, batch):
             def says(x, t, *label):
-                return apply({"params": params}, x, t, *label)
+                about = told(*label) if label else ()
+                return apply({"params": params}, x, t, *about)
 
             number = batch["number"]
             keys = fold(jax.random.key(self.seed)[None].repeat(len(number), 0), number)
@@ -69,6 +105,12 @@ class Draw:
             return self.sampler.draw(model, objective, x, keys)
 
         drawn = trained.collect(run, Pipeline(Records(records)))
+        if self.autoencoder is not None:
+            decoder, _ = self.autoencoder.load(trained.mesh)
+            latents = Pipeline(Records([{"image": one} for one in drawn]))
+            drawn = decoder.collect(
+                lambda apply, params, batch: _decode(apply, params, batch["image"]), latents
+            )
         mean = np.asarray(self.normalize.mean, np.float32)
         std = np.asarray(self.normalize.std, np.float32)
         return np.clip(drawn * std + mean, 0, 1)
@@ -81,5 +123,10 @@ class Draw:
             "guidance": self.guidance.scale,
             "guided": repr(self.guidance),
             "ema": trained.averaged,
+            "vae": None if self.autoencoder is None else self.autoencoder.name,
             "seed": self.seed,
         }
+
+
+def _decode(apply, params, latents):
+    return apply({"params": params}, latents, method="decode")

@@ -40,8 +40,8 @@ class Drawn:
     reference: str | None = None
 
     def check(self) -> None:
-        """Raises InputError where there is no encoder, too few pictures, or a reference of
-        another encoder or of pictures of another size.
+        """Raises InputError where there is no encoder or autoencoder, too few pictures, or a
+        reference of another encoder or of pictures of another size.
         """
         if self.count < self.neighbours + 2:
             raise InputError(
@@ -49,6 +49,7 @@ class Drawn:
                 f"neighbours={self.neighbours}"
             )
         self.encoder.check()
+        self.draw.check()
         if self.reference is not None:
             held = statistics.load(self.reference)
             if held.encoder != self.encoder.name:
@@ -67,11 +68,11 @@ class Drawn:
     @property
     def size(self) -> tuple[int, ...]:
         """Rows and columns of a picture."""
-        return tuple(self.draw.shape[:2])
+        return self.draw.size
 
     def run(self, trained: Trained) -> metrics.Metrics:
         labels = np.arange(self.count) % num_classes(self.train)
-        given = None if trained.objective.classes is None else labels.tolist()
+        given = None if self.draw.classes(trained) is None else labels.tolist()
         images = self.draw.images(trained, given, self.count)
         model, transforms = self.encoder.load(trained.mesh)
         look = Look(model, transforms, self.features)

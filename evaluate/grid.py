@@ -27,9 +27,13 @@ class Grid:
     columns: int = 10
     given: tuple[tuple[int, ...], ...] | None = None
 
+    def check(self) -> None:
+        """Raises InputError where the draw's autoencoder is not there."""
+        self.draw.check()
+
     def picture(self, trained: Trained, path: pathlib.Path) -> pathlib.Path:
         """Draws them as a PNG."""
-        classes = trained.objective.classes
+        classes = self.draw.classes(trained)
         if self.given is not None:
             labels = [label for row in self.given for label in row]
             images = self.draw.images(trained, labels)

@@ -253,7 +253,7 @@ def check(experiment: Experiment) -> None:
         check(experiment.model, pipeline)
     for pipeline in (experiment.data, *_pipelines(experiment)):
         getattr(pipeline.source, "check", lambda: None)()
-    for task in experiment.tasks.values():
+    for task in (*experiment.tasks.values(), *experiment.pictures.values()):
         getattr(task, "check", lambda: None)()
     for pipeline in _pipelines(experiment):
         next(iter(batches(pipeline, 1, 1)))

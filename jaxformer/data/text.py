@@ -7,7 +7,7 @@ padding, 1 the end of the text, and the letters follow.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxformer.data import tokenizer
 from jaxformer.data.sources import Record
@@ -71,6 +71,40 @@ class Spell:
     def __call__(self, record: Record) -> Record:
         rest = {name: value for name, value in record.items() if name != "text"}
         return rest | {"tokens": encode(record["text"], self.length)}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A transform: a class is told in words, `names[label]`, letter by letter.
+
+    Adds `tokens`, int32 `[length]`, see `encode`, and `real`, bool `[length]`: what of them
+    is no padding. A label of `len(names)` is none: nothing of it is real.
+
+    >>> Caption(("NO", "YES"), 4).table()[1].sum(1).tolist()
+    [3, 4, 0]
+
+    Raises:
+      InputError: a letter outside the alphabet, no room for a name, or no name of a label.
+    """
+
+    names: tuple[str, ...]
+    length: int
+
+    def table(self) -> tuple[Int[np.ndarray, "V T"], Bool[np.ndarray, "V T"]]:
+        """Tokens and what is real of them for every label, the last of which is none."""
+        rows = [encode(name, self.length) for name in self.names]
+        tokens = np.stack([*rows, np.full(self.length, PAD, np.int32)])
+        return tokens, tokens != PAD
+
+    def __call__(self, record: Record) -> Record:
+        label = record["label"]
+        if not 0 <= label <= len(self.names):
+            raise InputError(
+                f"{record.get('source', 'label')}: class {label} has none of the "
+                f"{len(self.names)} names; give one to each class"
+            )
+        tokens, real = self.table()
+        return record | {"tokens": tokens[label], "real": real[label]}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Rombach et al. 2022 (arXiv 2112.10752) condition a U-Net so; PixArt (Chen et al.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -37,10 +38,21 @@ class TextTold(nn.Module):
 
 
 class CrossDenoiser(Denoiser):
-    """A `Denoiser` whose blocks look at the context, and have none of it among their tokens."""
+    """A `Denoiser` whose blocks look at the context, and have none of it among their tokens.
+
+    In training nothing of a row's text is real with the chance `dropout`, drawn from the
+    random stream "dropout".
+    """
+
+    dropout: float = 0.0
 
     def _run(self, x, t, label, train):
         text, real = label
+        if train and self.dropout:
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, t.shape)
+            real = jnp.broadcast_to(kept[:, None], text.shape) & (
+                True if real is None else real
+            )
         condition, context = self.condition(t, text, train=train)
         x, inputs, _ = self.embed(x, train=train)
         inputs = {**inputs, "train": train, "condition": condition, "context": context}
@@ -54,8 +66,9 @@ class CrossDiT(DiT):
     """A `DiT` that is told a text in the place of a class: `model(x, t, text, real)`.
 
     `text` `[B, S]` are ids of `vocab` letters or tokens, `length` at most, of which `real`
-    says what is none of padding. It learns by `objectives.flow_text.TextFlow`. It starts as
-    nothing, as every DiT. No text is left out in training, so that it cannot be guided.
+    says what is none of padding; where nothing is real it is told no text. That is so in
+    training with the chance `label_dropout`, so that it can be guided. It learns by
+    `objectives.flow_text.TextFlow`, and starts as nothing, as every DiT.
     """
 
     vocab: int = 40
@@ -88,6 +101,7 @@ class CrossDiT(DiT):
             whole.stack,
             whole.norm,
             whole.channels,
+            dropout=self.label_dropout,
             dtype=self.dtype,
             parent=None,
         )

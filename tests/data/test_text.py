@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxformer.data.text import ALPHABET, VOCAB, Spell, Tokenize, decode, encode
+from jaxformer.data.text import ALPHABET, VOCAB, Caption, Spell, Tokenize, decode, encode
 from jaxformer.errors import InputError
 
 
@@ -28,6 +28,19 @@ def test_spell_replaces_the_text():
     spelled = Spell(8)(record)
     assert spelled.keys() == {"label", "tokens"} and record["text"] == "CAT"
     assert decode(spelled["tokens"]) == "CAT"
+
+
+def test_a_class_has_its_name_and_none_has_nothing_real():
+    names = Caption(("ZERO", "ONE"), 6)
+    record = {"label": 1, "source": "digits[7]"}
+    told = names(record)
+    assert decode(told["tokens"]) == "ONE" and told["real"].tolist() == 4 * [True] + 2 * [False]
+    assert told["label"] == 1 and record.keys() == {"label", "source"}
+    tokens, real = names.table()
+    assert [decode(row) for row in tokens] == ["ZERO", "ONE", ""]
+    assert real.sum(1).tolist() == [5, 4, 0]
+    with pytest.raises(InputError, match=r"digits\[7\]: class 3 has none of the 2 names"):
+        names(record | {"label": 3})
 
 
 def test_bad_input_is_told_in_one_sentence():

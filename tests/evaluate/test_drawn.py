@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from PIL import Image
 
 from evaluate.__main__ import as_json
@@ -19,10 +20,11 @@ from evaluate.grid import Grid
 from evaluate.reference import main, reference
 from evaluate.report import table
 from evaluate.run import Trained
-from jaxformer import distances
+from jaxformer import convert, distances
 from jaxformer.data import statistics
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
+from jaxformer.data.text import Caption, encode
 from jaxformer.errors import InputError
 from jaxformer.objectives.condition import Classes
 from jaxformer.objectives.flow import Flow
@@ -32,6 +34,7 @@ from jaxformer.samplers.ddpm import Ddpm
 from jaxformer.samplers.guidance import Guidance
 from jaxformer.samplers.ode import Ode
 from jaxformer.sharding import FSDP_TENSOR, make_mesh
+from tests.parity.case import RECORDED
 
 SHAPE = (2, 2, 1)
 PATTERNS = np.random.default_rng(0).uniform(-0.5, 0.5, (4, *SHAPE)).astype(np.float32)
@@ -114,6 +117,7 @@ def test_a_judgement_is_that_of_all_rows_on_any_mesh(devices, batch):
     assert found["test_precision"].value() > 0.5
     told = found["protocol"].value()
     assert told | {"count": 30, "steps": 6, "guidance": 1.0, "ema": 0.9, "real": 40} == told
+    assert told["vae"] is None and told["seed"] == 0
     assert told["encoder"] == Toy.name and len(told["reference"]) == 12
     assert "euler" not in told["sampler"] and "heun" in told["sampler"]
     text = json.loads(json.dumps(as_json({"drawn": found})))["drawn"]
@@ -134,6 +138,101 @@ def test_a_file_of_statistics_is_the_reference(tmp_path):
     assert told[0] == statistics.load(path).digest
     statistics.save(path, dataclasses.replace(reference(TASK), mean=np.full(3, 9.0)))
     assert by_file.run(model())["frechet"].value() > 100
+
+
+class Double(nn.Module):
+    """Latents [y x C] as pictures of twice the size, a row and column for each."""
+
+    def decode(self, latents):
+        return 2 * latents.repeat(2, 1).repeat(2, 2)
+
+
+class Decoder:
+    name = "double at step 3"
+
+    def check(self):
+        raise InputError("no autoencoder is there")
+
+    def load(self, mesh):
+        assert mesh.size in (1, 3, 8)
+        return Trained(Double().apply, {}, mesh, FSDP_TENSOR, 8, Double()), ()
+
+
+class Reader(nn.Module):
+    """The pattern of the class that a text's first letter tells; without a text, the last."""
+
+    def __call__(self, x, t, tokens, real, *, train=False):
+        first = jnp.where(real.any(1), tokens[:, 0] - encode("A", 2)[0], 3)
+        return jnp.asarray(PATTERNS)[first] + 0.2 * jnp.tanh(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Enlarge:
+    """Four pixels of a channel as 8 x 12 of three."""
+
+    def __call__(self, record):
+        image = 4 * record["image"].repeat(4, 0).repeat(6, 1).repeat(3, 2) - 2
+        return record | {"image": image.astype(np.float32)}
+
+
+def test_a_dinov2_of_hugging_faces_files_judges(tmp_path):
+    """By its class token, in float64 and by a general square root; its file has its name."""
+    encoder = Converted(str(RECORDED / "dinov2_model"), (Enlarge(),))
+    task = dataclasses.replace(TASK, encoder=encoder, classifier=False)
+    found = task.run(model())
+    dino, params = convert.load(encoder.path)
+    see = jax.jit(lambda x: dino.apply({"params": params}, x, method="encode")[:, 0])
+    drawn = DRAW.images(model(), [i % 3 for i in range(30)])
+    real = np.stack([record["image"] for record in TRAIN.source.records])
+    sets = [
+        np.asarray(see(np.stack([Enlarge()({"image": x})["image"] for x in images])), float)
+        for images in (real, drawn)
+    ]
+    (mean, covariance), (other, spread) = [(x.mean(0), np.cov(x.T)) for x in sets]
+    root = np.trace(scipy.linalg.sqrtm(covariance @ spread).real)
+    wanted = ((mean - other) ** 2).sum() + np.trace(covariance + spread) - 2 * root
+    assert found["frechet"].value() == pytest.approx(wanted, rel=1e-3)
+    assert found["frechet"].value() > found["test_frechet"].value() > 0
+    assert found["protocol"].value()["encoder"] == "dinov2_model"
+    assert "inception" not in found and "as_asked" not in found
+    path = str(tmp_path / "real.npz")
+    statistics.save(path, reference(task))
+    assert statistics.load(path).encoder == "dinov2_model"
+    with pytest.raises(InputError, match="is of dinov2_model, and toy at step 0 looks"):
+        dataclasses.replace(TASK, reference=path).check()
+
+
+def test_latents_are_decoded_and_the_record_names_who_did():
+    """And pictures are as large as they come out."""
+    plain = dataclasses.replace(DRAW, normalize=Normalize(mean=0.5, std=0.05))
+    by = dataclasses.replace(plain, autoencoder=Decoder())
+    latents = plain.images(model(), [2, 0, 1])
+    found = by.images(model(3, 9), [2, 0, 1])
+    wanted = 2 * (latents - 0.5) + 0.5
+    np.testing.assert_allclose(found, wanted.repeat(2, 1).repeat(2, 2), atol=1e-6)
+    assert (plain.size, by.size) == ((2, 2), (4, 4))
+    assert plain.about(model())["vae"] is None
+    assert by.about(model())["vae"] == "double at step 3"
+    with pytest.raises(InputError, match="no autoencoder is there"):
+        dataclasses.replace(TASK, draw=by).check()
+    with pytest.raises(InputError, match="no autoencoder is there"):
+        Grid(by).check()
+
+
+def test_a_class_is_told_in_words():
+    """As a model of classes is told it by number, guided too."""
+    by_number = dataclasses.replace(DRAW, guidance=Guidance(2.0))
+    told = dataclasses.replace(by_number, captions=Caption(("A", "BB", "C"), 3))
+    reader = Reader()
+    trained = dataclasses.replace(
+        model(), apply=reader.apply, model=reader, objective=Flow(None, Reading("data"))
+    )
+    found = told.images(trained, [2, 0, 1, 3])
+    np.testing.assert_allclose(found, by_number.images(model(), [2, 0, 1, 3]), atol=1e-6)
+    task = dataclasses.replace(TASK, draw=dataclasses.replace(told, guidance=Guidance()))
+    assert task.run(trained)["as_asked"].sum > 25
+    with pytest.raises(InputError, match="class 4 is outside the table of 3"):
+        told.images(trained, [4])
 
 
 def test_a_task_that_judges_nothing_has_no_reference(capsys):

@@ -35,6 +35,31 @@ def test_a_text_is_heard_and_padding_is_not(key):
     assert np.abs(other - found).max() > 1e-3
 
 
+def test_no_text_is_real_of_rows_that_are_dropped(key):
+    """Each with its chance, and then all there is to know is the time."""
+    x, t, text = jnp.ones((64, 2, 2, 3)), jnp.full(64, 0.5), jnp.full((64, 5), 3)
+    real = jnp.ones_like(text, bool).at[:, 4].set(False)
+    half = MODEL.clone(label_dropout=0.5, depth=1)
+    shapes = jax.eval_shape(half.init, key, x, t, text, real)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: draw.normal(0, 0.3, x.shape).astype(np.float32), nn.unbox(shapes)["params"]
+    )
+
+    @jax.jit
+    def run(params):
+        def says(real, **options):
+            return half.apply({"params": params}, x, t, text, real, **options)
+
+        dropped = says(real, train=True, rngs={"dropout": key})
+        return says(real), says(jnp.zeros_like(real)), dropped
+
+    told, none, found = run(params)
+    assert np.abs(told - none).max() > 1e-3
+    near = [np.abs(found - one).max((1, 2, 3)) < 1e-5 for one in (told, none)]
+    assert (near[0] ^ near[1]).all() and 16 < near[1].sum() < 48
+
+
 def test_it_learns_by_a_flow_of_texts(key):
     batch = {"image": jax.random.normal(key, (2, 4, 4, 3)), "tokens": jnp.ones((2, 5), int)}
     objective = TextFlow()

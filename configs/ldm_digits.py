@@ -4,7 +4,8 @@ Data: the latents of scikit-learn's digits, 4 x 4 x 2, encoded once by kl_digits
 name of each digit, letter by letter; no download.
 Model: a diffusion transformer that looks at the letters by cross-attention (arXiv 2112.10752,
 2310.00426), learned by flow matching; no table of classes.
-Expected: `test/loss` falls; not run to its end yet. Commands, after those of kl_digits.py and vit_digits.py:
+Expected: `test/loss` falls; not run to its end yet.
+Commands, after those of kl_digits.py and vit_digits.py:
     python -m train configs/ldm_digits.py
     python -m evaluate configs/ldm_digits.py --checkpoint runs/ldm_digits
 """

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxformer.data.images import CenterCrop, Decode, Normalize, Resize
 from jaxformer.data.loader import Pipeline
+from jaxformer.data.templates import Captions, Template
 from jaxformer.data.tokenizer import TokenizerFile
 from jaxformer.data.vqa import Dialogues
 from jaxformer.experiment import Experiment, Keep
@@ -53,13 +54,15 @@ def flops(model: VLM, text: tuple[int, ...], images: tuple[int, ...], *rest) -> 
     return seen + decoder.flops(model.language, tuple(text))
 
 
-def dialogues(name: str, length: int) -> Pipeline:
+def dialogues(name: str, length: int, template: Template) -> Pipeline:
     """Conversations about one image each."""
     tokenizer = TokenizerFile("data/llava/tokenizer.json", "<s>", "</s>")
     transforms = (Decode(), Resize(SIDE, "bicubic"), CenterCrop(SIDE), Normalize(MEAN, STD))
     size = (SIDE, SIDE, 3)
     paths, root = f"data/llava/{name}.jsonl", "data/llava/images"
-    source = Dialogues(paths, root, tokenizer, length, IMAGE, PATCHES, size, transforms)
+    source = Dialogues(
+        paths, root, tokenizer, length, IMAGE, PATCHES, size, transforms, template=template
+    )
     return Pipeline(source, workers=16)
 
 
@@ -69,7 +72,7 @@ def experiment() -> Experiment:
         model=model(),
         objective=NextToken(inputs=("tokens", "images")),
         optimizer=Parts(AdamW(rate=Cosine(peak=1e-3, warmup=0.03), decay=0.0), ("connector",)),
-        data=dialogues("pretrain", 768),
+        data=dialogues("pretrain", 768, Captions()),
         start=(
             # Of 24 layers 23 run.
             Hub(

@@ -13,6 +13,7 @@ import math
 
 from configs.llava_7b import dialogues
 from configs.llava_7b import experiment as align
+from jaxformer.data.templates import Vicuna
 from jaxformer.experiment import Experiment
 from jaxformer.optim import AdamW, Cosine, Parts
 from jaxformer.start import Run
@@ -26,7 +27,7 @@ def experiment() -> Experiment:
     return dataclasses.replace(
         align(),
         optimizer=Parts(recipe, ("connector", "language")),
-        data=dialogues("instruct", 2048),
+        data=dialogues("instruct", 2048, Vicuna()),
         start=(Run("runs/llava_7b"),),
         steps=math.ceil(SAMPLES / BATCH),
         batch_size=BATCH,

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from jaxformer.data.corpus import Lines
 from jaxformer.data.shards import Reopened
 from jaxformer.data.sources import Record
+from jaxformer.data.templates import PLAIN, Template, encode
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
 
@@ -22,9 +23,8 @@ class Conversations(Reopened):
 
     A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}`,
     as OpenAI has it, or `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt",
-    ...}]}`, as ShareGPT has it; see `messages`. A message becomes `<|role|>`, a line break, its
-    content and the tokenizer's end (without one, a line break); the tokenizer's begin
-    stands before all. `answer` is 1 for what the assistant says and the end of it.
+    ...}]}`, as ShareGPT has it; see `messages`. It is written as `template` says, see
+    `data.templates`; `answer` is 1 for what the assistant says and the end of it.
 
     `source[i]` is `{"tokens", "segments", "answer"}`, int32 `[length]` each, see `rows`. A
     conversation goes into the first row that has room for it, of the last 64.
@@ -38,6 +38,7 @@ class Conversations(Reopened):
     tokenizer: Tokenizer
     length: int
     cut: bool = False
+    template: Template = PLAIN
 
     @property
     def vocab(self) -> int:
@@ -61,7 +62,7 @@ class Conversations(Reopened):
 
     def _encoded(self, record: Record) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         where = record["source"]
-        ids, answer = render(messages(record), self.tokenizer)
+        ids, answer = encode(messages(record), self.template, self.tokenizer)
         if not answer[: self.length].any():
             rest = "in what is left of it " if answer.any() else ""
             raise InputError(f"{where}: there is no answer {rest}to learn; leave the line out")
@@ -144,23 +145,3 @@ def _text(content: Any) -> Any:
             return content
         texts.append(text)
     return "".join(texts)
-
-
-def render(
-    said: list[tuple[str, str]], tokenizer: Tokenizer
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Ids of a conversation, and 1 for those of answers. See `Conversations`.
-
-    A prompt is what this gives for a conversation and `("assistant", "")`, less its end.
-    """
-    end = "" if tokenizer.end is not None else "\n"
-    texts = [part for role, content in said for part in (f"<|{role}|>\n", content + end)]
-    encoded = tokenizer.encode(texts)
-    ids = [[] if tokenizer.begin is None else [tokenizer.begin]]
-    answer = [[0] * len(ids[0])]
-    for number, (role, _) in enumerate(said):
-        head, body = encoded[2 * number : 2 * number + 2]
-        close = [] if tokenizer.end is None else [tokenizer.end]
-        ids += [head, body, close]
-        answer += [[0] * len(head), [int(role == "assistant")] * (len(body) + len(close))]
-    return np.concatenate(ids).astype(np.int32), np.concatenate(answer).astype(np.int32)

@@ -71,11 +71,11 @@ class TokenizerFile:
 
     @property
     def begin(self) -> int | None:
-        return self._id(self.begin_token)
+        return None if self.begin_token is None else self.id(self.begin_token)
 
     @property
     def end(self) -> int | None:
-        return self._id(self.end_token)
+        return None if self.end_token is None else self.id(self.end_token)
 
     @property
     def lengths(self) -> Int[np.ndarray, " V"]:
@@ -91,12 +91,13 @@ class TokenizerFile:
     def _tokenizer(self) -> Any:
         return read(self.path)
 
-    def _id(self, token: str | None) -> int | None:
-        found = None if token is None else self._tokenizer.token_to_id(token)
-        if token is not None and found is None:
+    def id(self, token: str) -> int:
+        """That of a token by its name."""
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
             raise InputError(
                 f"{self.path}: has no token {token!r}; name its own begin_token and end_token, "
-                "or None"
+                "or None, and a template of its model"
             )
         return found
 

@@ -18,10 +18,10 @@ from jaxformer.data.corpus import Lines
 from jaxformer.data.images import FORMATS, Decode
 from jaxformer.data.shards import Reopened
 from jaxformer.data.sources import Record
+from jaxformer.data.templates import MARK, PLAIN, Template, encode
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
 
-MARK = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -42,11 +42,11 @@ class Dialogues(Reopened):
     """Each line a row of `length` tokens and up to `most` images, of which answers are learned.
 
     `source[i]` is int32 `tokens`, `segments` and `answer` `[length]` and float32 `images`
-    `[most, Y, X, C]`. A turn becomes `<|role|>`, a line break, its text and the tokenizer's
-    end (without one, a line break); each `<image>` in it becomes `features` times the token
-    `image`. `answer` is 1 for what the assistant says and the end of it. A row is never cut,
-    so that no image is cut in two. `transforms` take the encoded file, as the record
-    `{"image": bytes}`, to a float32 image of `size`, (rows, columns, channels).
+    `[most, Y, X, C]`. Turns are written as `template` says, see `data.templates`; each
+    `<image>` in them becomes `features` times the token `image`. `answer` is 1 for what the
+    assistant says and the end of it. A row is never cut, so that no image is cut in two.
+    `transforms` take the encoded file, as the record `{"image": bytes}`, to a float32 image
+    of `size`, (rows, columns, channels).
 
     Raises:
       InputError: of a line with a fault, by file, line and sample. `check` names all.
@@ -63,6 +63,7 @@ class Dialogues(Reopened):
     most: int = 1
     max_pixels: int = 64 * 2**20
     max_aspect: float = 20.0
+    template: Template = PLAIN
 
     @property
     def vocab(self) -> int:
@@ -182,21 +183,8 @@ class Dialogues(Reopened):
 
     def _encoded(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         """Ids and 1 for those that are learned."""
-        close = [] if self.tokenizer.end is None else [self.tokenizer.end]
-        begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
-        ids, answer = [begin], [0] * len(begin)
-        for turn in record["conversations"]:
-            role = _ROLES[turn["from"]]
-            end = "" if close else "\n"
-            texts = [f"<|{role}|>\n", *(turn["value"] + end).split(MARK)]
-            head, *parts = self.tokenizer.encode(texts)
-            body: list[Any] = [parts[0]]
-            for part in parts[1:]:
-                body += [[self.image] * self.features, part]
-            ids += [head, *body, close]
-            count = sum(map(len, body)) + len(close)
-            answer += [0] * len(head) + [int(role == "assistant")] * count
-        return np.concatenate(ids).astype(np.int32), np.array(answer, np.int32)
+        said = [(_ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        return encode(said, self.template, self.tokenizer, [self.image] * self.features)
 
 
 def _named(record: Record) -> list[Any]:

@@ -155,7 +155,7 @@ def read_experiment(directory: str | pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def set_aside(directory: str | pathlib.Path, step: int) -> pathlib.Path:
-    """Renames a damaged checkpoint, so that its number is free and its bytes stay."""
+    """Renames a checkpoint that serves no more: its number is free and its bytes stay."""
     folder = pathlib.Path(directory) / str(step)
     aside = folder.with_name(f"{step}.damaged")
     while aside.exists():

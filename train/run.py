@@ -290,7 +290,7 @@ def _back(run: _Run, spoiled: Spoiled) -> tuple[TrainState, int]:
     """The state of the last checkpoint and its step; the data goes on from where it stands.
 
     A checkpoint that was gone back to `BACKS` times may be spoiled itself, though all in it
-    is finite: it is deleted then, and the one before is taken.
+    is finite: it is set aside then, and the one before is taken.
 
     Raises:
       Diverged: there is no checkpoint that was not gone back to so often.
@@ -303,14 +303,16 @@ def _back(run: _Run, spoiled: Spoiled) -> tuple[TrainState, int]:
         raise Diverged(_diverged(run, spoiled.step, spoiled.what))
     for step in saved[saved.index(left[-1]) + 1 :]:
         run.log.say(
-            f"warning: going back to step {step} was in vain {BACKS} times; it is deleted"
+            f"warning: going back to step {step} was in vain {BACKS} times; it is set aside"
         )
-        run.manager.delete(step)
+        if jax.process_index() == 0:
+            checkpoint.set_aside(folder, step)
+    hosts.meet("set aside")
     now = run.data.get_state()
     state, _, step = _newest(
         run.experiment, run.made, folder, left, run.described, run.data, run.key, run.log.say
     )
-    run.manager.reload()  # Damaged ones are gone.
+    run.manager.reload()  # Those set aside are gone.
     run.backs[step] += 1
     left_out = now["step"] - run.data.get_state()["step"]
     run.data.set_state(now)

@@ -264,7 +264,10 @@ def test_who_goes_back_in_vain_stops(tmp_path, capsys):
     with pytest.raises(Diverged, match="the checkpoint of step 2 is whole"):
         run(tmp_path, *wild, "nonfinite=back")
     assert [r["step"] for r in rows(tmp_path) if "back/from" in r] == [1, 1, 1]
-    assert "going back to step 2 was in vain 3 times; it is deleted" in capsys.readouterr().out
+    assert (
+        "going back to step 2 was in vain 3 times; it is set aside" in capsys.readouterr().out
+    )
+    assert (tmp_path / "checkpoints" / "2.damaged").is_dir(), "nothing that was saved is lost"
 
 
 def test_a_spike_is_far_above_what_is_usual():

@@ -21,3 +21,6 @@ def test_both_modes_are_timed_and_counted(monkeypatch):
         assert abs(row["gflops"] * 1e9 / rate - 1) < 1e-6
         assert abs(row["mfu"] * 1e12 / rate - 1) < 1e-6
         assert row["compiled_bytes"] > 0
+    how = {"rounds": 1, "sizes": ("S/2",), "modes": ("train",), "batch": 1, "peak": 1.0}
+    alone = dit.run(**how, sides=("diffusers",))
+    assert alone["rows"] == []

@@ -2,9 +2,9 @@
 
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
 Model: the autoencoder of latent diffusion (arXiv 2112.10752) of 157,007 parameters.
-Expected: `test/error`, the squared error of a held-out pixel, which has variance 0.56, falls.
-The second and third command keep the latents, which ldm_digits.py learns from; they tell the
-`scale` by which those have variance 1. Commands:
+Expected: the squared error of a held-out pixel, which has variance 0.56, is 0.047
+(`test/error`); 96 CPU seconds. The other commands keep the latents, which ldm_digits.py
+learns from, and tell the scale that would give them variance 1, which is 0.92. Commands:
     python -m train configs/kl_digits.py
     python -m evaluate.latents configs/kl_digits.py train runs/kl_digits/train.array_record
     python -m evaluate.latents configs/kl_digits.py test runs/kl_digits/test.array_record
@@ -33,9 +33,9 @@ def experiment() -> Experiment:
         optimizer=AdamW(rate=Cosine(peak=2e-3, warmup=0.1), decay=0.0),
         data=Pipeline(train.source, (moved, normalize)),
         evals={"train": train, "test": test},
-        steps=1500,
+        steps=600,
         batch_size=64,
         ema=0.99,
-        keep=Keep(every=500, metric="-test/error"),
+        keep=Keep(every=600, metric="-test/error"),
         flops=flops,
     )

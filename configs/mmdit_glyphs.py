@@ -59,6 +59,6 @@ def experiment() -> Experiment:
     )
 
 
-def cost(model: MMDiT, image: tuple[int, int, int], text: tuple[int, ...]) -> int:
+def cost(model: MMDiT, image: tuple[int, int, int], _, text: tuple[int, ...]) -> int:
     """Operations of one drawing and its name forward."""
     return flops(model, image, text[0])

@@ -6,7 +6,9 @@ import pathlib
 import pytest
 
 import jaxformer
-from jaxformer.experiment import describe, load
+from evaluate.run import batches
+from jaxformer.experiment import arguments, describe, load
+from jaxformer.setup import model_flops
 
 CONFIGS = sorted((pathlib.Path(jaxformer.__file__).parent.parent / "configs").glob("*.py"))
 
@@ -19,3 +21,11 @@ def test_a_config_is_an_experiment_that_tells_about_itself(path):
     assert f"python -m train configs/{path.name}" in doc
     assert "Expected:" in doc and "Data:" in doc
     assert experiment.flops is not None, "or no run of it knows its speed"
+
+
+@pytest.mark.parametrize("name", ["dit_digits", "dit_mean_digits", "mmdit_glyphs"])
+def test_the_work_of_a_step_is_counted_of_what_the_model_is_called_with(name):
+    experiment = load(CONFIGS[0].with_name(f"{name}.py"))
+    first = next(iter(batches(next(iter(experiment.evals.values())), 1, 1)))
+    work = model_flops(experiment, arguments(experiment.objective, first))
+    assert work is not None and work > 1e8

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformer.data import coco
 from jaxformer.data.latents import Draw, Mean
 from jaxformer.data.loader import Pipeline, train_batches
 from jaxformer.data.mixture import Mixture
@@ -42,6 +43,12 @@ def _(source) -> Record:
 @record.register
 def _(source: Captions) -> Record:
     return {"image": _picture(), "text": "a stand-in", "source": "a stand-in"}
+
+
+@record.register
+def _(source: coco.Captions) -> Record:
+    text = {"text": "a stand-in"} if source.pairs else {"captions": ["a stand-in"]}
+    return {"image": _picture(), "source": "a stand-in"} | text
 
 
 @record.register(Rows)

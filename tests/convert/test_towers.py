@@ -52,6 +52,22 @@ def test_a_tower_without_the_hubs_prefix(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "tower"), [("llava", "vision_tower."), ("mllama", "vision_model.")]
+)
+def test_a_checkpoint_whose_tower_is_missing_is_refused(name, tower, tmp_path):
+    """Each of its tensors is told, and none of the rest."""
+    config, tensors = read(name)
+    rest = {key: tensor for key, tensor in tensors.items() if tower not in key}
+    missing = len(tensors) - len(rest)
+    write(tmp_path, config, rest)
+    with pytest.raises(InputError) as told:
+        convert.load(tmp_path)
+    first, *lines = str(told.value).splitlines()
+    assert f"{missing} tensors are not those of {name}" in first
+    assert len(lines) == missing and all(line.startswith(f"- {tower}") for line in lines)
+
+
+@pytest.mark.parametrize(
     ("kind", "model"),
     [
         ("clip", clip.named("B/32", end=49_407)),

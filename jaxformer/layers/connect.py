@@ -16,6 +16,9 @@ from jaxformer.layers.einsum import Einsum
 from jaxformer.layers.embed import Embedding
 from jaxformer.layers.norm import LayerNorm
 from jaxformer.ops.activation import gelu
+from jaxformer.ops.attention import attend
+from jaxformer.ops.patches import sincos_2d
+from jaxformer.ops.resize import resize
 
 
 class Project(nn.Module):
@@ -128,6 +131,48 @@ class Resampler(nn.Module):
         latents = jnp.broadcast_to(latents, (B, *latents.shape))
         y = self.stack(latents, context=x, train=train)
         y = LayerNorm(self.epsilon, name="norm")(y)
+        return y if self.out is None else self.out(y)
+
+
+class Gather(nn.Module):
+    """Learned queries of a square grid look at an image's tokens once: Qwen-VL's connector.
+
+    Sines tell queries and keys, and no values, where they stand: those of the grid of `side`
+    by `side` queries, enlarged to that of the tokens, which is square too. Then a norm, and
+    `out`, such as `Project(width, use_bias=False)`.
+
+    Source: Bai et al. 2023, arXiv 2308.12966, and its code, the `Resampler` of `visual.py`.
+    """
+
+    side: int
+    width: int
+    num_heads: int
+    out: nn.Module | None = None
+    epsilon: float = 1e-6  # of the norms.
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B t C"]) -> Float[Array, "B s D"]:
+        B, t, _ = x.shape
+        D, N, rows = self.width, self.num_heads, round(t**0.5)
+        if rows * rows != t:
+            raise ValueError(f"{t} tokens are no square; leave out those that are not patches")
+
+        def project(name: str, equation: str, use_bias: bool = True, **sizes: int) -> Einsum:
+            return Einsum(equation, sizes, use_bias, self.dtype, name=name)
+
+        x = project("input", "BTC,CD->BTD", False, D=D)(x)
+        x = LayerNorm(self.epsilon, name="context_norm")(x)
+        queries = Embedding(D, name="queries")(self.side**2)[None]
+        queries = LayerNorm(self.epsilon, name="query_norm")(queries)
+        grid = sincos_2d(self.side, self.side, D, endpoint=False)
+        places = resize(jnp.asarray(grid).reshape(self.side, self.side, D), (rows, rows))
+        heads = {"N": N, "H": D // N}
+        q = project("query", "BTD,DNH->BTNH", **heads)(queries + grid[None])
+        k = project("key", "BTD,DNH->BTNH", **heads)(x + places.reshape(1, t, D))
+        v = project("value", "BTD,DNH->BTNH", **heads)(x)
+        y = attend(jnp.broadcast_to(q, (B, *q.shape[1:])), k, v)
+        y = LayerNorm(self.epsilon, name="norm")(project("gather", "BTNH,NHD->BTD", D=D)(y))
         return y if self.out is None else self.out(y)
 
 

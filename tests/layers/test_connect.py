@@ -6,6 +6,7 @@ import pytest
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.block import Chain, Mlp, Stack
 from jaxformer.layers.connect import (
+    Gather,
     Merge,
     Pool,
     Project,
@@ -13,6 +14,7 @@ from jaxformer.layers.connect import (
     ResamplerBlock,
     splice,
 )
+from tests.layers.record_gather import PATH
 from tests.layers.test_block import randomized
 
 
@@ -30,6 +32,7 @@ CASES = {
     "merged and projected": (Chain((Merge(2, (4, 6)), Project(8))), (2, 6, 8)),
     "pooled": (Pool(2, (4, 6)), (2, 6, 10)),
     "resampled": (resampler(), (2, 3, 10)),
+    "gathered": (Gather(3, 8, 2), (2, 9, 8)),
     "resampled and projected": (resampler(out=Project(8)), (2, 3, 8)),
 }
 
@@ -37,7 +40,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_connector_gives_so_many_vectors_of_the_width(name):
     model, shape = CASES[name]
-    x = jax.ShapeDtypeStruct((2, 24, 10), jnp.float32)
+    tokens = 25 if name == "gathered" else 24
+    x = jax.ShapeDtypeStruct((2, tokens, 10), jnp.float32)
     made = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x)
     assert made.shape == shape
 
@@ -88,3 +92,39 @@ def test_features_go_in_order_where_they_are_asked_for():
     )
     short = splice(x, features[:, :1], here)[..., 0]
     np.testing.assert_array_equal(short, [[0, 1, 0, np.nan], [0, 0, 3, 0]])
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_queries_that_look_once_are_as_qwen_vls(rows):
+    """Recorded with torch's attention; positions of 3 x 3 queries, and of 4 x 4 tokens."""
+    with np.load(PATH) as file:
+        arrays = dict(file)
+    D, N, H = 8, 2, 4
+    q, k, v = np.split(arrays["attn.in_proj_weight"], 3)
+    biases = np.split(arrays["attn.in_proj_bias"], 3)
+
+    def norm(name):
+        return {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
+
+    params = {
+        name: {"kernel": weight.T.reshape(D, N, H), "bias": bias.reshape(N, H)}
+        for name, weight, bias in zip(("query", "key", "value"), (q, k, v), biases, strict=True)
+    }
+    params |= {
+        "input": {"kernel": arrays["kv_proj.weight"].T},
+        "queries": {"embedding": arrays["query"]},
+        "query_norm": norm("ln_q"),
+        "context_norm": norm("ln_kv"),
+        "norm": norm("ln_post"),
+        "gather": {
+            "kernel": arrays["attn.out_proj.weight"].T.reshape(N, H, D),
+            "bias": arrays["attn.out_proj.bias"],
+        },
+        "out": {"out": {"kernel": arrays["proj"]}},
+    }
+    model = Gather(3, D, N, Project(D, use_bias=False))
+    x = jnp.asarray(arrays[f"in:{rows}"])
+    made = jax.jit(model.apply)({"params": jax.tree.map(jnp.asarray, params)}, x)
+    np.testing.assert_allclose(made, arrays[f"out:{rows}"], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="24 tokens are no square"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 24, 10)))

@@ -158,21 +158,21 @@ class Gather(nn.Module):
         if rows * rows != t:
             raise ValueError(f"{t} tokens are no square; leave out those that are not patches")
 
-        def project(name: str, equation: str, use_bias: bool = True, **sizes: int) -> Einsum:
+        def project(name: str, equation: str, use_bias: bool = True) -> Einsum:
+            sizes = {"N": N, "H": D // N} if equation.endswith("NH") else {"D": D}
             return Einsum(equation, sizes, use_bias, self.dtype, name=name)
 
-        x = project("input", "BTC,CD->BTD", False, D=D)(x)
+        x = project("input", "BTC,CD->BTD", use_bias=False)(x)
         x = LayerNorm(self.epsilon, name="context_norm")(x)
         queries = Embedding(D, name="queries")(self.side**2)[None]
         queries = LayerNorm(self.epsilon, name="query_norm")(queries)
         grid = sincos_2d(self.side, self.side, D, endpoint=False)
         places = resize(jnp.asarray(grid).reshape(self.side, self.side, D), (rows, rows))
-        heads = {"N": N, "H": D // N}
-        q = project("query", "BTD,DNH->BTNH", **heads)(queries + grid[None])
-        k = project("key", "BTD,DNH->BTNH", **heads)(x + places.reshape(1, t, D))
-        v = project("value", "BTD,DNH->BTNH", **heads)(x)
+        q = project("query", "BTD,DNH->BTNH")(queries + grid[None])
+        k = project("key", "BTD,DNH->BTNH")(x + places.reshape(1, t, D))
+        v = project("value", "BTD,DNH->BTNH")(x)
         y = attend(jnp.broadcast_to(q, (B, *q.shape[1:])), k, v)
-        y = LayerNorm(self.epsilon, name="norm")(project("gather", "BTNH,NHD->BTD", D=D)(y))
+        y = LayerNorm(self.epsilon, name="norm")(project("gather", "BTNH,NHD->BTD")(y))
         return y if self.out is None else self.out(y)
 
 

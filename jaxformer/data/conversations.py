@@ -8,13 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxformer.data.corpus import Lines
+from jaxformer.data.rows import first_fit
 from jaxformer.data.shards import Reopened
 from jaxformer.data.sources import Record
 from jaxformer.data.templates import PLAIN, Template, encode
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
-
-_OPEN = 64  # rows that a conversation is tried in before a new one is begun.
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,10 @@ class Conversations(Reopened):
 
     @functools.cached_property
     def _rows(self) -> list[list[tuple[Any, Any]]]:
-        rows: list[list[tuple[Any, Any]]] = []
-        room: list[int] = []
         lines = Lines(self.paths)
-        for index in range(len(lines)):
-            ids, answer = self._encoded(lines[index])
-            recent = range(max(0, len(rows) - _OPEN), len(rows))
-            row = next((r for r in recent if room[r] >= len(ids)), len(rows))
-            if row == len(rows):
-                rows.append([])
-                room.append(self.length)
-            rows[row].append((ids, answer))
-            room[row] -= len(ids)
-        return rows
+        made = [self._encoded(lines[index]) for index in range(len(lines))]
+        rows = first_fit([(len(ids),) for ids, _ in made], (self.length,))
+        return [[made[i] for i in row] for row in rows]
 
     def _encoded(self, record: Record) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         where = record["source"]

@@ -8,7 +8,7 @@ batches hold for text as for images.
 
 import bisect
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from jaxformer.data.shards import Reopened
 from jaxformer.data.sources import Record
 from jaxformer.data.tokens import Part, Tokens, starts
 from jaxformer.errors import InputError
+
+_OPEN = 64  # rows that a thing is tried in before a new one is begun.
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,30 @@ class Windows(Reopened):
         part = self.tokens.parts[number]
         where = f"window {index}"
         return _record(self.tokens, part, start, stop, self.length, record, where)
+
+
+def first_fit(sizes: Iterable[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
+    """Which things share a row: each goes into the first of the last 64 with room for it.
+
+    Args:
+      sizes: of each thing, by one or more measures; none is above `room`.
+      room: of a row, by the same.
+
+    Example:
+      >>> first_fit([(5,), (4,), (3,)], (8,))
+      [[0, 2], [1]]
+    """
+    rows: list[list[int]] = []
+    left: list[np.ndarray] = []
+    for number, size in enumerate(sizes):
+        recent = range(max(0, len(rows) - _OPEN), len(rows))
+        row = next((r for r in recent if (left[r] >= size).all()), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(np.array(room))
+        rows[row].append(number)
+        left[row] = left[row] - size
+    return rows
 
 
 def windows(begin: int, end: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ from jaxformer.data.rows import Rows, Windows
 from jaxformer.data.shards import ArrayRecord, Captions, Parquet
 from jaxformer.data.sources import ImageFolder, Record
 from jaxformer.data.text import Tokenize
-from jaxformer.data.vqa import Dialogues
+from jaxformer.data.vqa import Dialogues, PackedDialogues
 from jaxformer.errors import InputError
 
 _SIDE = 256  # of the picture that stands in for a file's.
@@ -65,6 +65,11 @@ def _(source: Dialogues) -> Record:
     images = np.zeros((source.most, *source.size), np.float32)
     told = {"tokens": row, "segments": row + 1, "answer": row, "images": images}
     return told | {"source": "a stand-in"}
+
+
+@record.register
+def _(source: PackedDialogues) -> Record:
+    return record(source.dialogues)
 
 
 @record.register

@@ -5,9 +5,10 @@ A line is `{"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human"
 not there. Source of the layout: Liu et al. 2023, arXiv 2304.08485, and the data of its release.
 """
 
+import functools
 import io
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from jaxformer.data.corpus import Lines
 from jaxformer.data.images import FORMATS, Decode
+from jaxformer.data.rows import first_fit
 from jaxformer.data.shards import Reopened
 from jaxformer.data.sources import Record
 from jaxformer.data.templates import MARK, PLAIN, Template, encode
@@ -69,7 +71,7 @@ class Dialogues(Reopened):
     def vocab(self) -> int:
         return max(self.tokenizer.vocab, self.image + 1)
 
-    @property
+    @functools.cached_property
     def _lines(self) -> Lines:
         return Lines(self.paths)
 
@@ -77,31 +79,50 @@ class Dialogues(Reopened):
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Record:
+        return self.row([index])
+
+    def row(self, indices: Sequence[int]) -> Record:
+        """Some lines as one row, each a segment: their tokens and images side by side."""
+        row = {n: np.zeros(self.length, np.int32) for n in ("tokens", "segments", "answer")}
+        images = np.zeros((self.most, *self.size), np.float32)
+        start = seen = 0
+        for number, index in enumerate(indices, 1):
+            record = self._whole(index)
+            ids, answer = self._encoded(record)
+            place = slice(start, start + len(ids))
+            row["tokens"][place], row["answer"][place] = ids, answer
+            row["segments"][place] = number
+            start += len(ids)
+            for name in _named(record):
+                images[seen] = self._pixels(name)
+                seen += 1
+        sources = [self._lines[index]["source"] for index in indices]
+        return row | {"images": images, "source": ", ".join(sources)}
+
+    def sizes(self, index: int) -> tuple[int, int]:
+        """Tokens and images of a line."""
+        record = self._whole(index)
+        return len(self._encoded(record)[0]), len(_named(record))
+
+    def _whole(self, index: int) -> Record:
+        """A line without a fault."""
         record = self._lines[index]
         wrong = next(self._faults(record), None)
         if wrong is not None:
             raise InputError(f"{_fault(record, wrong)}; correct it, or leave the line out")
-        ids, answer = self._encoded(record)
-        spare = (0, self.length - len(ids))
-        images = np.zeros((self.most, *self.size), np.float32)
-        for number, name in enumerate(_named(record)):
-            made: Record = {"image": self._file(name).read_bytes(), "source": name}
-            for transform in self.transforms:
-                made = transform(made)
-            if made["image"].shape != self.size or made["image"].dtype != np.float32:
-                found = f"{made['image'].dtype} {made['image'].shape}"
-                raise InputError(
-                    f"{name}: becomes {found} and must become float32 {self.size}; end the "
-                    "transforms with a crop and Normalize()"
-                )
-            images[number] = made["image"]
-        return {
-            "tokens": np.pad(ids, spare),
-            "segments": np.pad(np.ones_like(ids), spare),
-            "answer": np.pad(answer, spare),
-            "images": images,
-            "source": record["source"],
-        }
+        return record
+
+    def _pixels(self, name: str) -> np.ndarray:
+        made: Record = {"image": self._file(name).read_bytes(), "source": name}
+        for transform in self.transforms:
+            made = transform(made)
+        if made["image"].shape != self.size or made["image"].dtype != np.float32:
+            found = f"{made['image'].dtype} {made['image'].shape}"
+            raise InputError(
+                f"{name}: becomes {found} and must become float32 {self.size}; end the "
+                "transforms with a crop and Normalize()"
+            )
+        return made["image"]
 
     def faults(self, pixels: bool = True) -> Iterator[Fault]:
         """Every fault of every line; with `pixels` images are decoded whole.
@@ -185,6 +206,37 @@ class Dialogues(Reopened):
         """Ids and 1 for those that are learned."""
         said = [(_ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
         return encode(said, self.template, self.tokenizer, [self.image] * self.features)
+
+
+@dataclass(frozen=True)
+class PackedDialogues(Reopened):
+    """`dialogues` whose rows have several lines each, as many as `length` and `most` allow.
+
+    A line is a segment of its row, so that none sees another, and goes into the first row that
+    has room for its tokens and images, of the last 64. All lines are encoded when the first row
+    is asked for. Their model takes `segments`, see `models.vlm.VLM`.
+    """
+
+    dialogues: Dialogues
+
+    @property
+    def vocab(self) -> int:
+        return self.dialogues.vocab
+
+    @functools.cached_property
+    def _rows(self) -> list[list[int]]:
+        sizes = map(self.dialogues.sizes, range(len(self.dialogues)))
+        return first_fit(sizes, (self.dialogues.length, self.dialogues.most))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.dialogues.row(self._rows[index])
+
+    def check(self, pixels: bool = False) -> None:
+        """See `Dialogues.check`."""
+        self.dialogues.check(pixels)
 
 
 def _named(record: Record) -> list[Any]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from jaxformer.data.images import Decode, Normalize
 from jaxformer.data.tokenizer import Bytes
-from jaxformer.data.vqa import Dialogues
+from jaxformer.data.vqa import Dialogues, PackedDialogues
 from jaxformer.errors import InputError
 
 IMAGE, FEATURES = 258, 4
@@ -74,6 +74,45 @@ def test_a_line_becomes_a_row(make):
     assert not rows[1]["images"].any() and not (rows[1]["tokens"] == IMAGE).any()
     assert rows.vocab == IMAGE + 1
     rows.check()
+
+
+def test_lines_share_rows_as_tokens_and_images_allow(make):
+    """Each is what it is alone: tokens, answers, and its images in the order of its places."""
+    lines = [line("<image>What?", "A cat."), line("Hi", "Ho " * 20, image=None)]
+    lines += [line("<image>And?", "A dog.", image="b.png"), line("<image>?", "A bird.")]
+    source = make(lines, length=140)
+    packed = PackedDialogues(source)
+    assert len(packed) == 2 and packed.vocab == source.vocab
+    assert [packed[i]["source"].count("talk.jsonl:") for i in range(2)] == [2, 2]
+    found = []
+    for row in (packed[0], packed[1]):
+        assert row["tokens"].shape == (140,) and row["images"].shape == (2, 8, 8, 3)
+        seen = 0
+        for number in range(1, row["segments"].max() + 1):
+            own = row["segments"] == number
+            count = (row["tokens"][own] == IMAGE).sum() // FEATURES
+            found.append((row, own, row["images"][seen : seen + count]))
+            seen += count
+        assert not row["images"][seen:].any()
+    alone = [source[i] for i in (0, 1, 2, 3)]
+    for row, own, images in found:
+        match = [
+            one
+            for one in alone
+            if np.array_equal(one["tokens"][one["segments"] == 1], row["tokens"][own])
+        ]
+        (one,) = match
+        np.testing.assert_array_equal(one["answer"][one["segments"] == 1], row["answer"][own])
+        np.testing.assert_array_equal(one["images"][: len(images)], images)
+    with pytest.raises(InputError, match="1 faults in 1 lines"):
+        PackedDialogues(make([line("What?", "A cat.")])).check()
+
+
+def test_the_file_is_gone_through_once(make, monkeypatch):
+    source = make([line("<image>What?", "A cat.")] * 3)
+    source[0]
+    lines = source._lines
+    assert source[1] and source._lines is lines
 
 
 def about(image):

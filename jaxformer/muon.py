@@ -7,10 +7,11 @@ The recipe that puts these together is `jaxformer.optim.Muon`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 from optax.contrib import MuonDimensionNumbers
 
+from jaxformer import sharding
 from jaxformer.errors import InputError
 from jaxformer.sharding import names
 
@@ -81,6 +83,7 @@ def orthogonalize(
     dtype: DTypeLike = jnp.bfloat16,
     precision: jax.lax.PrecisionLike = None,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
+    run: Callable[[Callable[[Array], Array], Array], Array] = lambda f, x: f(x),
 ) -> Float[Array, "... M N"]:
     """Moves every singular value of each matrix near to 1, by Newton-Schulz iteration.
 
@@ -95,6 +98,7 @@ def orthogonalize(
       dtype: of the products; the norm is float32, the result has the dtype of `matrix`.
       precision: of the products, which matters to a float32 `dtype` on an accelerator.
       coefficients: `(a, b, c)`.
+      run: calls the iteration with what it begins with, for instance on a mesh: `by_layer`.
 
     Example:
       >>> made = orthogonalize(jnp.diag(jnp.array([3.0, 1.0, 0.1])), dtype="float32")
@@ -105,13 +109,89 @@ def orthogonalize(
     product = partial(jnp.matmul, precision=precision)
     x = matrix.astype(jnp.float32)
     x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + EPSILON
-    x = x.astype(dtype)
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        square = product(x, x.mT)
-        x = a * x + product(b * square + c * product(square, square), x)
-    return (x.mT if tall else x).astype(matrix.dtype)
+
+    def iterate(x):
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        for _ in range(steps):
+            square = product(x, x.mT)
+            x = a * x + product(b * square + c * product(square, square), x)
+        return x.mT if tall else x
+
+    return run(iterate, x.astype(dtype)).astype(matrix.dtype)
+
+
+def by_layer(
+    shape: Sequence[int], axes: PartitionSpec, numbers: MuonDimensionNumbers
+) -> Callable[[Callable[[Array], Array], Array], Array] | None:
+    """Has each device iterate on whole matrices of some layers: `run` of `orthogonalize`.
+
+    A product of matrices that are split takes the others' parts, and the compiler gathers
+    them at every step of the iteration. But layers are independent: devices trade their parts
+    of all layers for some layers whole, once, and back. Over mesh axes that hold copies, such
+    as `data`, they share the layers too, as far as these go. Where layers do not divide,
+    some devices work on zeros.
+
+    Args:
+      shape: of the parameter.
+      axes: its logical axes.
+      numbers: which of them are rows and columns.
+
+    Returns:
+      None outside of rules (`sharding.use`), and where nothing is to be shared.
+    """
+    rules = nn.get_logical_axis_rules()
+    logical = (*axes, *(None,) * (len(shape) - len(axes)))
+    if not rules or "layers" not in logical:
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    place = sharding.spec(logical, rules)
+    batch, rows, columns = _order(len(shape), numbers)
+    stack = batch.index(logical.index("layers"))
+    lies: list[Any] = [place[i] for i in batch]
+    lies += [next((place[i] for i in side if place[i]), None) for side in (rows, columns)]
+    taken = {name for entry in lies for name in sharding.mesh_names(entry)}
+    # (mesh axis, axis of the matrices that it splits)
+    split = [
+        (name, axis)
+        for axis in (-2, -1)
+        for name in reversed(sharding.mesh_names(lies[axis]))
+        if mesh.shape[name] > 1
+    ]
+    ways = math.prod(mesh.shape[name] for name, _ in split)
+    layers = shape[batch[stack]] // sharding.ways(mesh, lies[stack])
+    copies = []
+    for name in mesh.axis_names:
+        more = ways * mesh.shape[name]
+        if name not in taken and -(-layers // more) < -(-layers // ways):
+            copies.append(name)
+            ways = more
+    if ways == 1:
+        return None
+    spec = PartitionSpec(*lies)
+
+    def run(iterate, x):
+        def share(x):
+            count = x.shape[stack]
+            pad = [(0, -count % ways) if i == stack else (0, 0) for i in range(x.ndim)]
+            x = jnp.pad(x, pad)
+            for name, axis in split:
+                x = jax.lax.all_to_all(x, name, stack, x.ndim + axis, tiled=True)
+            for name in copies:
+                size = x.shape[stack] // mesh.shape[name]
+                begin = size * jax.lax.axis_index(name)
+                x = jax.lax.dynamic_slice_in_dim(x, begin, size, stack)
+            x = iterate(x)
+            for name in reversed(copies):
+                x = jax.lax.all_gather(x, name, axis=stack, tiled=True)
+            for name, axis in reversed(split):
+                x = jax.lax.all_to_all(x, name, x.ndim + axis, stack, tiled=True)
+            return jax.lax.slice_in_dim(x, 0, count, axis=stack)
+
+        # Copies are alike by what is done above, which the check cannot know.
+        return jax.shard_map(share, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+    return run
 
 
 class MuonState(NamedTuple):
@@ -127,7 +207,8 @@ def scale_by_muon(
     nesterov: bool = True,
     scale: Literal["rms", "shape"] = "rms",
     mu_dtype: DTypeLike | None = None,
-    orthogonalize: Callable[[Array], Array] = orthogonalize,
+    orthogonalize: Callable[..., Array] = orthogonalize,
+    axes: PyTree | None = None,
 ) -> optax.GradientTransformation:
     """Replaces the gradient of each hidden matrix by its orthogonalized momentum.
 
@@ -146,7 +227,9 @@ def scale_by_muon(
         and so its rates and decay (Moonlight). "shape" is `sqrt(max(1, out / in))`
         (Jordan), for rates near 0.02.
       mu_dtype: the dtype of the mean, that of the parameters if None.
-      orthogonalize: acts on the last two axes.
+      orthogonalize: acts on the last two axes; takes `run` where `axes` are given.
+      axes: as for `muon_dimensions`. With them, and rules in force, each device works on
+        whole matrices of some layers, see `by_layer`.
     """
     if scale not in ("rms", "shape"):
         raise InputError(f"scale={scale!r} is not one of rms, shape")
@@ -160,21 +243,24 @@ def scale_by_muon(
         def average(m, g):
             return momentum * m.astype(g.dtype) + (1 - momentum) * g
 
-        def direct(numbers, gradient, direction):
+        def direct(numbers, gradient, direction, spec=None):
             if numbers is None:
                 return gradient
+            run = None if spec is None else by_layer(direction.shape, spec, numbers)
             matrix, back = _as_matrix(direction, numbers)
             rows, columns = matrix.shape[-2:]
             if scale == "rms":
                 size = 0.2 * math.sqrt(max(rows, columns))
             else:
                 size = math.sqrt(max(1, columns / rows))
-            return back(size * orthogonalize(matrix))
+            made = orthogonalize(matrix) if run is None else orthogonalize(matrix, run=run)
+            return back(size * made)
 
         mean = jax.tree.map(average, state.momentum, updates)
         ahead = jax.tree.map(average, mean, updates) if nesterov else mean
         mean = optax.tree.cast(mean, mu_dtype)
-        updates = jax.tree.map(direct, dimensions, updates, ahead, is_leaf=is_numbers)
+        trees = (dimensions, updates, ahead, *(() if axes is None else (axes,)))
+        updates = jax.tree.map(direct, *trees, is_leaf=is_numbers)
         return updates, MuonState(mean)
 
     return optax.GradientTransformation(init, update)
@@ -298,16 +384,23 @@ def _match(shapes, logits) -> None:
 
 def _as_matrix(x: Array, numbers: MuonDimensionNumbers):
     """`x` as `[batch..., rows, columns]`, and the function that undoes that."""
-    rows = tuple(axis % x.ndim for axis in np.atleast_1d(numbers.reduction_axis))
-    columns = tuple(axis % x.ndim for axis in np.atleast_1d(numbers.output_axis))
-    batch = tuple(sorted({*range(x.ndim)} - {*rows, *columns}))
-    order = tuple(map(int, batch + rows + columns))
+    batch, rows, columns = _order(x.ndim, numbers)
+    order = batch + rows + columns
     shape = [x.shape[axis] for axis in order]
     matrix = x.transpose(order).reshape(
         *shape[: len(batch)], math.prod(x.shape[axis] for axis in rows), -1
     )
     inverse = tuple(map(int, np.argsort(order)))
     return matrix, lambda y: y.reshape(shape).transpose(inverse)
+
+
+def _order(ndim: int, numbers: MuonDimensionNumbers) -> tuple[tuple[int, ...], ...]:
+    """The axes that stack matrices, those of their rows and those of their columns."""
+    rows, columns = (
+        tuple(int(axis) % ndim for axis in np.atleast_1d(side))
+        for side in (numbers.reduction_axis, numbers.output_axis)
+    )
+    return tuple(sorted({*range(ndim)} - {*rows, *columns})), rows, columns
 
 
 def _is_spec(x) -> bool:

@@ -248,6 +248,7 @@ class Muon:
                 scale=self.scale,
                 mu_dtype=self.mu_dtype,
                 orthogonalize=partial(orthogonalize, **vars(self.newton_schulz)),
+                axes=axes,
             ),
             optax.add_decayed_weights(self.decay),
             optax.scale_by_learning_rate(rate),

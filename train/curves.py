@@ -1,4 +1,4 @@
-"""The picture at the end of a run, drawn from its metrics.jsonl."""
+"""Pictures of a run, drawn from its metrics.jsonl."""
 
 import json
 import pathlib
@@ -8,6 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+
+from train.goodput import KINDS
 
 PANELS = ("loss", "accuracy", "grad_norm", "learning_rate")
 
@@ -34,6 +37,43 @@ def draw(source: pathlib.Path, target: pathlib.Path) -> bool:
     figure.savefig(target, dpi=110)
     plt.close(figure)
     return True
+
+
+def shares(source: pathlib.Path, target: pathlib.Path, bins: int = 60) -> None:
+    """Draws what the time of a run went into: a bar for each part of its wall time.
+
+    A row of the log stands for the time since the row before, spread evenly over it.
+    """
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [row for row in rows if row.get("seconds/all")]
+    ends = np.cumsum([row["seconds/all"] for row in rows])
+    edges = np.linspace(0.0, ends[-1], bins + 1)
+    spent = {
+        kind: np.array([row.get(f"seconds/{kind}", 0.0) for row in rows]) for kind in KINDS
+    }
+    whole = np.array([row["seconds/all"] for row in rows])
+    spent = {"steps": whole - sum(spent.values())} | spent
+    unit, name = next(
+        u
+        for u in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+        if ends[-1] > 2 * u[0] or u[0] == 1
+    )
+    figure, axis = plt.subplots(figsize=(8.4, 3.4))
+    below = np.zeros(bins)
+    for kind, seconds in spent.items():
+        so_far = np.interp(edges, [0.0, *ends], [0.0, *np.cumsum(seconds)])
+        share = np.diff(so_far) / np.diff(edges)
+        if share.max() > 0:
+            label = f"{kind} {sum(seconds) / ends[-1]:.1%}"
+            axis.bar(
+                edges[:-1] / unit, share, edges[1] / unit, below, align="edge", label=label
+            )
+        below += share
+    axis.set(xlabel=name, ylabel="share of the time", ylim=(0, 1), xlim=(0, ends[-1] / unit))
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
 
 
 def _evaluations(rows, name) -> list[str]:

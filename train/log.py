@@ -110,8 +110,10 @@ class Log:
             if error is None and draw(self.path, picture):
                 self.say(f"curves: {picture}")
 
-    def say(self, text: str) -> None:
-        """Prints one line above the bar."""
+    def say(self, text: str, *, all_processes: bool = False) -> None:
+        """Prints one line above the bar; the first process alone does, if not all are to."""
+        if all_processes and not self.first_process:
+            print(text, flush=True)
         self.console.print(text, markup=False)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

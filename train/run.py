@@ -24,6 +24,7 @@ from jaxformer.experiment import Experiment, arguments, describe, differences
 from jaxformer.setup import Setup, check_batch, model_flops, setup
 from jaxformer.steps import TrainState
 from train.log import Log, Unsaved
+from train.pace import Pace
 from train.spoiled import WAYS, Spikes, Spoiled
 from train.watch import Preempted, Watchdog
 
@@ -49,6 +50,7 @@ class _Run:
     log: Log
     preempted: Preempted
     watchdog: Watchdog
+    pace: Pace
     spikes: Spikes
     backs: collections.Counter[int]  # by the step of the checkpoint.
 
@@ -123,9 +125,10 @@ def train(
         trace = stack.enter_context(_Trace(workdir / "profile", profile))
         preempted = stack.enter_context(Preempted())
         watchdog = stack.enter_context(Watchdog(patience))
+        pace = stack.enter_context(Pace(workdir))
         run = _Run(
             experiment, made, described, key, data, manager, log, preempted, watchdog,
-            Spikes(experiment.spike), collections.Counter(),
+            pace, Spikes(experiment.spike), collections.Counter(),
         )  # fmt: skip
         while True:
             try:
@@ -182,6 +185,7 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
                 run.log.evaluation(done, scores)
                 _pictures(run, state, done)
             run.log.resume_clock()
+            run.pace.resume()
             run.watchdog.alive(done)
         if leaves:
             _save(run)
@@ -256,8 +260,12 @@ def _look(run: _Run, state: TrainState, step: int, metrics: dict[str, jax.Array]
 
     `state` is the newest there is, of this step or the next.
     """
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with run.pace.waiting():
+        found = jax.device_get(metrics)
+    values = {name: float(value) for name, value in found.items()}
     run.watchdog.alive(step)
+    if (slow := run.pace.step(step)) is not None:
+        run.log.say(slow, all_processes=True)
     run.log.step(step, values)
     broken = [n for n in ("loss", "grad_norm") if not np.isfinite(values[n])]
     if broken:

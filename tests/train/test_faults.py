@@ -50,11 +50,19 @@ def test_rows_that_are_made_together_are_told_as_alone(monkeypatch, tmp_path, ca
     found = json.loads(out.read_text())
     assert found["cpu_seconds"] == 6 and [row["row"] for row in found["rows"]] == [*faults.ROWS]
     assert faults.main(["--together", "0"]) == 2
+    assert faults.main(["--kills", "0"]) == 2
+
+
+def test_kills_are_as_many_as_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        faults, "ROWS", {"kill": lambda _, kills: Row("kill", f"{kills} times")}
+    )
+    assert faults._made("kill", 7)["shown"] == "7 times"
 
 
 def ended(command, **options):
     """A process that makes a row, but for the fog."""
-    *_, name, _, out = command
+    name, out = command[4], command[-1]
     row = {"fault": name, "shown": "seen", "wrong": [], "row": name}
     if name != "fog":
         row |= {"seconds": 3.0, "cpu_seconds": 3.0}

@@ -37,6 +37,7 @@ ROWS = {  # Those that take longest first: the others fit beside and after them.
     "hosts": elastic.same_losses,
     "lost": signals.lost,
     "frozen": signals.frozen,
+    "late": signals.late,
     "sigterm": functools.partial(signals.asked, count=1),
     "sigterm2": functools.partial(signals.asked, count=2),
     "memory": lambda folder: memory.beside_truth(),
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--together", type=int, default=1, help="rows that are made at once; default: 1"
     )
+    parser.add_argument("--kills", type=int, default=20, help="in the row kill; default: 20")
     parser.add_argument("--json", help="a file for all of it")
     args = parser.parse_args(argv)
     wanted = args.rows.split(",") if args.rows else list(ROWS)
@@ -66,12 +68,14 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--rows: there is no row {name!r}; choose from {', '.join(ROWS)}")
     if args.together < 1:
         raise InputError(f"--together {args.together}: must be 1 or more; one a core is usual")
+    if not 1 <= args.kills <= kill.MOST:
+        raise InputError(f"--kills {args.kills}: must be from 1 to {kill.MOST}; 20 is usual")
     begun = time.monotonic()
     if args.together > 1 and len(wanted) > 1:
         with concurrent.futures.ThreadPoolExecutor(args.together) as pool:
-            rows = list(pool.map(_apart, wanted))
+            rows = list(pool.map(functools.partial(_apart, kills=args.kills), wanted))
     else:
-        rows = [_made(name) for name in wanted]
+        rows = [_made(name, args.kills) for name in wanted]
     print("\n| fault or change | shown | row |\n|---|---|---|")
     for row in rows:
         print(f"| {row['fault']} | {row['shown']} | `{row['row']}` |")
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
-def _made(name: str) -> dict[str, Any]:
+def _made(name: str, kills: int) -> dict[str, Any]:
     """A row by its name, with what it took; said when it is made."""
     jax.config.update("jax_num_cpu_devices", 8)
     for logger, level in (("absl", logging.ERROR), ("asyncio", logging.CRITICAL)):
@@ -93,18 +97,19 @@ def _made(name: str) -> dict[str, Any]:
         place = pathlib.Path(folder) / name
         place.mkdir()
         try:
-            row = ROWS[name](place)
+            row = ROWS[name](place, kills) if name == "kill" else ROWS[name](place)
         except Exception as error:  # The others go on.
             row = _unseen(name, f"{type(error).__name__}: {error}")
         seconds, spent = time.monotonic() - begun, cpu_seconds() - spent
     return _said(vars(row) | {"row": name, "seconds": seconds, "cpu_seconds": spent})
 
 
-def _apart(name: str) -> dict[str, Any]:
+def _apart(name: str, kills: int) -> dict[str, Any]:
     """A row that a process of its own makes."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "row.json"
-        command = (sys.executable, "-m", "train.faults", "--rows", name, "--json", str(out))
+        command = (sys.executable, "-m", "train.faults", "--rows", name)
+        command += ("--kills", str(kills), "--json", str(out))
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if out.exists():
             return _said(json.loads(out.read_text())["rows"][0])

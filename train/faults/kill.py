@@ -20,7 +20,11 @@ RUN = (
 )  # fmt: skip
 
 
-def killed(folder: pathlib.Path, kills: int = 20, steps: int = 120, say=print) -> Row:
+STEPS = 120
+MOST = STEPS - 11  # Each kill is at a step of its own, and some steps are left to take.
+
+
+def killed(folder: pathlib.Path, kills: int = 20, steps: int = STEPS, say=print) -> Row:
     """A run that is killed so often, every other time while it saves, and one that is not."""
     whole, broken = folder / "whole", folder / "broken"
     begun = time.monotonic()

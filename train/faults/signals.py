@@ -6,8 +6,9 @@ import signal
 import time
 
 from jaxformer import checkpoint
-from train.faults.processes import CONFIG, TINY, ended, losses, started, wait_for
+from train.faults.processes import CONFIG, TINY, ended, losses, rows, started, wait_for
 from train.faults.row import Row, wrongs
+from train.pace import slow
 
 SMALL = (str(CONFIG), *TINY, "eval_every=1000", "steps=1000")
 MESH = {1: "mesh=data=2", 2: "mesh=data=2,fsdp=2"}
@@ -89,6 +90,33 @@ def frozen(workdir: pathlib.Path) -> Row:
             it_says_why=_sentence(out),
         ),
         {"seconds": seconds, "status": status},
+    )
+
+
+def late(workdir: pathlib.Path, seconds: float = 6.0) -> Row:
+    """One of two stands still for a while and goes on: it is the one that is named."""
+    with started(workdir, 2, *SMALL, MESH[2], "keep.every=500") as processes:
+        wait_for(workdir, 15, processes)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(processes[1].pid, signal.SIGCONT)
+        wait_for(workdir, rows(workdir) + 3, processes)
+        os.kill(processes[1].pid, signal.SIGTERM)
+        found = ended(processes, MINUTE)
+    told = [line for _, out in found for line in out.splitlines() if " was " in line]
+    told = [line for line in told if line.startswith("warning: step ")]
+    names = [name for name in ("process 0", "process 1") if any(name in x for x in told)]
+    listed = slow(workdir)
+    return Row(
+        f"`kill -STOP` to one of two processes, and after {seconds:.0f} s `kill -CONT`",
+        f"{told[-1].removeprefix('warning: ') if told else 'nothing is said'}; "
+        "`python -m train.report` lists it",
+        wrongs(
+            it_is_named=names == ["process 1"],
+            the_report_names_it=any("process 1" in line for line in listed),
+            the_run_goes_on=[status for status, _ in found] == [0, 0],
+        ),
+        {"said": told, "report": listed},
     )
 
 

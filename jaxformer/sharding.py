@@ -78,13 +78,15 @@ def make_mesh(
 ) -> Mesh:
     """Lays devices out on the axes of `MESH_AXES`; those not named have size 1.
 
+    Of several TPU slices each has its own part of `data`, and every other axis lies within one.
+
     Args:
       sizes: `{"data": 2, "fsdp": 4}` or `"data=2,fsdp=4"`. Empty: all devices on `data`.
       devices: the devices to use, all that JAX sees if not given. Every one is used.
 
     Raises:
-      InputError: an unknown axis, a size that is no positive integer, or sizes whose
-        product is not the number of devices.
+      InputError: an unknown axis, a size that is no positive integer, sizes whose product is
+        not the number of devices, or a `data` that the slices do not divide.
     """
     devices = jax.devices() if devices is None else list(devices)
     named = _parse(sizes) if isinstance(sizes, str) else dict(sizes)
@@ -104,13 +106,31 @@ def make_mesh(
             f"{len(devices)}; the sizes must multiply to that, for instance "
             f"data={len(devices)}"
         )
-    # Explicit axes, the default of jax.make_mesh, break linen's logical partitioning.
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    shape = tuple(named.get(name, 1) for name in MESH_AXES)
+    shape = [named.get(name, 1) for name in MESH_AXES]
+    slices: dict[int, list[Any]] = {}
+    for device in devices:  # A slice's own links are fast; between slices is a network.
+        index = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(index, []).append(device)
+    if shape[0] % len(slices):
+        raise InputError(
+            f"mesh: data={shape[0]} must be a multiple of the {len(slices)} slices, as the "
+            "network between them is too slow for the other axes"
+        )
+    shape[0] //= len(slices)
+    parts = [_laid_out(shape, slices[index]) for index in sorted(slices)]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=_AUTO)
+
+
+# Explicit axes, the default of jax.make_mesh, break linen's logical partitioning.
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
+
+
+def _laid_out(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice in an order in which each axis has links of its own."""
     try:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # No layout is known in which each axis has its own links.
-        return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=types)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=_AUTO, devices=devices).devices
+    except NotImplementedError:  # No such order is known.
+        return np.array(devices).reshape(shape)
 
 
 def _parse(text: str) -> dict[str, int]:

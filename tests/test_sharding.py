@@ -2,12 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from jaxformer import sharding, steps
 from jaxformer.errors import InputError
 from jaxformer.models.vit import ViT
 from jaxformer.optim import AdamW, Constant, Muon
+from jaxformer.plan import chips
 from jaxformer.sharding import DATA_PARALLEL, FSDP, FSDP_TENSOR, explain, make_mesh
 
 MODEL = ViT(width=16, depth=2, mlp_dim=32, num_heads=2, patch=4, num_classes=6)
@@ -43,6 +45,21 @@ def test_meshes_that_do_not_fit(sizes, message):
 
 
 QUERY, DOWN = "stack/block/attention/query/kernel", "stack/block/mlp/down/kernel"
+
+
+def test_only_data_crosses_the_network_between_slices(monkeypatch):
+    for name, value in chips.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:4x4", num_slices=2
+    )
+    mesh = make_mesh("data=4,fsdp=4,tensor=2", topology.devices)
+    for axis, name in enumerate(mesh.axis_names):
+        lines = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.shape[name])
+        crossed = {len({device.slice_index for device in line}) for line in lines}
+        assert crossed == ({2} if name == "data" else {1})
+    with pytest.raises(InputError, match="data=1 must be a multiple of the 2 slices"):
+        make_mesh("fsdp=32", topology.devices)
 
 
 @pytest.mark.parametrize(

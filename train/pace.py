@@ -22,9 +22,9 @@ class Pace:
     """Knows how long steps take, and how long of that this host let the others wait.
 
     Hosts meet in every step, so that all are as slow as the slowest. What a host does while
-    its devices do not keep it waiting is its own time, and so is time in which it stood
-    still, which is seen by a pulse that comes late. By that each knows whether it was late
-    itself, with nothing sent. Of a slow chip or link all hosts say that they waited.
+    its devices do not keep it waiting, input above all, is its own time, and so is time in
+    which it stood still, which is seen by a pulse that comes late. By that each knows whether
+    it was late itself, with nothing sent. Of a slow chip or link all say that they waited.
 
     Rows go to `slow.PROCESS.jsonl`: `step`, `host`, `process`, its `seconds`, those that are
     `usual`, and how many this host was `late`.
@@ -73,7 +73,7 @@ class Pace:
             file.write(json.dumps(row) + "\n")
         took = f"step {step} took {row['seconds']:.1f} s, {row['usual']:.2g} s is usual"
         me = f"{self.host} (process {self.process})"
-        if row["late"] > (row["seconds"] - row["usual"]) / 2:
+        if is_late(row):
             return f"warning: {took}: {me} was {row['late']:.1f} s late"
         if self.process:
             return None  # One of those that waited is enough.
@@ -100,17 +100,25 @@ class Pace:
             self.still += late if late > PULSE else 0.0
 
 
+def is_late(row: dict[str, Any]) -> bool:
+    """Whether most of what a step took too long was this host's doing."""
+    return row["late"] > (row["seconds"] - row["usual"]) / 2
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What all hosts wrote of the slow steps of a run."""
+    paths = sorted(workdir.glob("slow.*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
 def slow(workdir: pathlib.Path) -> list[str]:
     """Lines that tell of the slow steps of a run, by host."""
-    paths = sorted(workdir.glob("slow.*.jsonl"))
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     longest: dict[int, dict[str, Any]] = {}
     late: dict[str, list[float]] = {}
-    for row in rows:
-        above = row["seconds"] - row["usual"]
+    for row in rows(workdir):
         step = longest.setdefault(row["step"], {"above": 0.0, "told": False})
-        step["above"] = max(step["above"], above)
-        if row["late"] > above / 2:
+        step["above"] = max(step["above"], row["seconds"] - row["usual"])
+        if is_late(row):
             step["told"] = True
             name = f"{row['host']} (process {row['process']})"
             late.setdefault(name, []).append(row["late"])

@@ -158,13 +158,15 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
         trace.at(done)
         with run.log.clock.doing("input"):
             batch = to_mesh(next(run.data), made.batch)
-        with run.log.clock.doing("compile") if done == start + 1 else contextlib.nullcontext():
+        first = done == start + 1
+        with run.log.clock.doing("compile") if first else run.pace.waiting():
             state, metrics = made.step(state, batch, run.key)
         if pending is not None:
             _look(run, state, *pending)
         pending = (done, metrics | {"learning_rate": rate(done - 1)})
         last = done == experiment.steps
-        leaves = run.preempted.at(done) and not last
+        with run.pace.waiting():
+            leaves = run.preempted.at(done) and not last
         evaluates = bool(experiment.evals) and (last or done % experiment.eval_every == 0)
         saves = last or leaves or done % experiment.keep.every == 0
         if evaluates or saves:

@@ -6,9 +6,9 @@ import signal
 import time
 
 from jaxformer import checkpoint
+from train import pace
 from train.faults.processes import CONFIG, TINY, ended, losses, rows, started, wait_for
 from train.faults.row import Row, wrongs
-from train.pace import slow
 
 SMALL = (str(CONFIG), *TINY, "eval_every=1000", "steps=1000")
 MESH = {1: "mesh=data=2", 2: "mesh=data=2,fsdp=2"}
@@ -103,20 +103,21 @@ def late(workdir: pathlib.Path, seconds: float = 6.0) -> Row:
         wait_for(workdir, rows(workdir) + 3, processes)
         os.kill(processes[1].pid, signal.SIGTERM)
         found = ended(processes, MINUTE)
-    told = [line for _, out in found for line in out.splitlines() if " was " in line]
-    told = [line for line in told if line.startswith("warning: step ")]
-    names = [name for name in ("process 0", "process 1") if any(name in x for x in told)]
-    listed = slow(workdir)
+    slowest = max(pace.rows(workdir), key=lambda row: row["seconds"], default={"step": None})
+    told = [row for row in pace.rows(workdir) if row["step"] == slowest["step"]]
+    names = [f"process {row['process']}" for row in told if pace.is_late(row)]
+    said = [f"step {slowest['step']} took " in out and " late" in out for _, out in found]
+    seen = f"that took {slowest['seconds']:.1f} s" if told else "that nobody saw"
     return Row(
         f"`kill -STOP` to one of two processes, and after {seconds:.0f} s `kill -CONT`",
-        f"{told[-1].removeprefix('warning: ') if told else 'nothing is said'}; "
-        "`python -m train.report` lists it",
+        f"{' and '.join(names) or 'nobody'} is named, with its host, for a step {seen}",
         wrongs(
-            it_is_named=names == ["process 1"],
-            the_report_names_it=any("process 1" in line for line in listed),
+            it_alone_is_named=names == ["process 1"],
+            it_is_said=any(said),
+            the_report_names_it=any("process 1" in line for line in pace.slow(workdir)),
             the_run_goes_on=[status for status, _ in found] == [0, 0],
         ),
-        {"said": told, "report": listed},
+        {"rows": told, "report": pace.slow(workdir)},
     )
 
 

@@ -105,11 +105,16 @@ def _collectives(line: Instruction, where: str, program: Program):
             lines = program.computations[called]
             # One beside the work it is fused with, or one of which a slice is kept.
             works = program.flops(line, where) > 0
+            # One that goes on beside a chain of fusions stands in each of them.
+            begins = any("AsyncCollectiveStart" in i.rest for i in lines)
             sliced = any(i.is_root and i.opcode == "dynamic-slice" for i in lines)
             for inner in lines:
                 for found, kind, place, _ in _collectives(inner, called, program):
-                    scattered = sliced and kind == "all-reduce"
-                    yield found, "reduce-scatter" if scattered else kind, place, works
+                    chained = "chain_id=" in found.rest
+                    if chained and not begins:
+                        continue
+                    kind = "reduce-scatter" if sliced and kind == "all-reduce" else kind
+                    yield found, kind, place, works or chained
 
 
 def _often(call: Collective, times: int, is_beside: bool) -> Collective:

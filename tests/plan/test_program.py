@@ -5,6 +5,7 @@ import pytest
 
 from jaxformer import sharding
 from jaxformer.plan import chips, network
+from jaxformer.plan.cost import cost
 from jaxformer.plan.program import Program
 
 # ruff: noqa: E501
@@ -156,6 +157,42 @@ def test_a_collective_takes_what_the_links_of_its_group_carry():
     np.testing.assert_allclose(across.seconds, across.bytes / (2 * 100e9))
     reduced = gather(mesh, there, groups, "all-reduce")
     assert reduced.bytes == 2 * 2**21 * 15 // 16, "each byte goes out twice"
+
+
+# An all-gather that begins in one fusion, goes on beside a product, and ends in a third.
+CHAIN = """HloModule step
+%begin (a: bf16[1,64]) -> bf16[16,64] {
+  %a = bf16[1,64]{1,0} parameter(0)
+  %g = bf16[16,64]{1,0} all-gather(%a), channel_id=1, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %started = bf16[16,64]{1,0} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%beside (b: bf16[1,64], c: bf16[64,64]) -> bf16[1,64] {
+  %b = bf16[1,64]{1,0} parameter(0)
+  %c = bf16[64,64]{1,0} parameter(1)
+  %g.1 = bf16[16,64]{1,0} all-gather(%b), channel_id=1, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %dot = bf16[1,64]{1,0} dot(%b, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%finish (d: bf16[1,64]) -> bf16[16,64] {
+  %d = bf16[1,64]{1,0} parameter(0)
+  %g.2 = bf16[16,64]{1,0} all-gather(%d), channel_id=1, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %done = bf16[16,64]{1,0} custom-call(%g.2), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (x: bf16[1,64], y: bf16[64,64]) -> bf16[16,64] {
+  %x = bf16[1,64]{1,0} parameter(0)
+  %y = bf16[64,64]{1,0} parameter(1)
+  %f = bf16[16,64]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  %p = bf16[1,64]{1,0} fusion(%x, %y), kind=kOutput, calls=%beside
+  ROOT %out = bf16[16,64]{1,0} fusion(%p), kind=kCustom, calls=%finish
+}
+"""
+
+
+def test_a_collective_beside_a_chain_of_fusions_is_one():
+    there = chips.find("v5e:4x4")
+    mesh = sharding.make_mesh("data=16", list(there.devices))
+    (found,) = cost(Program(CHAIN), mesh, there).collectives
+    assert (found.kind, found.calls, found.bytes) == ("all-gather", 1, 15 * 64 * 2)
+    assert found.hidden == found.seconds > 0
 
 
 def test_a_shift_is_along_the_axes_that_it_crosses():

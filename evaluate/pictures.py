@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
@@ -23,6 +24,7 @@ from evaluate.run import Trained
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Record
 from jaxformer.errors import InputError
+from jaxformer.models.flamingo import Flamingo
 from jaxformer.models.vit import Encoder, attention_map
 from jaxformer.objectives.reconstruct import drawn
 from jaxformer.ops.patches import patchify, unpatchify
@@ -53,6 +55,42 @@ class Attention:
         patch = model.embed.patch if isinstance(model, Encoder) else model.patch
         grid = images.shape[1] // patch, images.shape[2] // patch
         return attention_picture(images, weights, path, query=self.query, grid=grid)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Where in `count` images the text looks as its answer begins, the same at each call.
+
+    `prompt` are ids with the model's `image` in the places of one image, and `test` has
+    `images` `[1, Y, X, C]`. Of a `models.vlm.VLM` it is what the last token gives to the
+    places of the image in layer `layer` of the language model, of a `Flamingo` what it gives
+    to the features in the gated layer before that one. `grid` are their rows and columns.
+    """
+
+    test: Pipeline
+    prompt: tuple[int, ...]
+    grid: tuple[int, int]
+    count: int = 4
+    layer: int = -1
+
+    def picture(self, trained: Trained, path: pathlib.Path) -> pathlib.Path:
+        """Draws them as a PNG."""
+        model: Any = trained.model
+        ids = np.array(self.prompt, np.int32)
+        gated = isinstance(model, Flamingo)
+        places = np.arange(self.grid[0] * self.grid[1]) if gated else ids == model.image
+
+        def look(apply, params, batch):
+            images = batch["images"]
+            tokens = jnp.broadcast_to(ids, (len(images), len(ids)))
+            how = {"method": "hidden", "mutable": ["maps"]}
+            block = apply({"params": params}, tokens, images, **how)[1]["maps"]["language"]
+            block = block["stack"]["block"]
+            block = block["parts_0"] if gated else block
+            return images[:, 0], block["attention"]["weights"][0][self.layer][:, :, -1:, places]
+
+        images, weights = trained.collect(look, _some(self.test, self.count))
+        return attention_picture(images, weights, path, query=0, grid=self.grid)
 
 
 @dataclass(frozen=True)

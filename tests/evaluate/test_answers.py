@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate import ask
+from evaluate import ask, pictures
 from evaluate.answers import answered, picture
 from evaluate.generate import generate
 from evaluate.polling import Presence, polls, yes_no
@@ -148,6 +148,45 @@ def test_words_after_a_prompt_still_see_the_image_through_gates(trained):
         seen, [ids], length=16, steps=len(made), law=GREEDY, beside=[{"images": image[0]}]
     )
     assert generated == [made] and len(made) > 2
+
+
+@pytest.mark.slow  # Compiles a program or two.
+@pytest.mark.parametrize("through", ["splice", "gates"])
+def test_where_an_answer_looks(trained, through, monkeypatch, tmp_path):
+    """What the last token gives to the places of an image, or to its features by gates."""
+    parts: VLM = MODEL
+    count, grid, model = 2, (1, 2), MODEL
+    if through == "gates":
+        count, grid = 1, (2, 4)
+        model = Flamingo(parts.vision, Project(12), gated(parts.language), IMAGE)
+    prompt = (*[IMAGE] * count, *encode("what is the sum ?"))
+    images = jnp.zeros((1, 1, 16, 32, 1))
+    drawn = jax.jit(model.init)(jax.random.key(0), jnp.array([prompt]), images)
+    params = randomized(drawn, jax.random.key(1))
+    seen = dataclasses.replace(trained, apply=model.apply, params=params, model=model)
+    test = Pipeline(Scenes("test", 3), (Normalize(), Ask(count, 40, KINDS)))
+    found = {}
+
+    def kept(images, weights, path, **how):
+        found.update(images=images, weights=weights)
+        return drawn_as(images, weights, path, **how)
+
+    drawn_as = pictures.attention_picture
+    monkeypatch.setattr(pictures, "attention_picture", kept)
+    path = pictures.Looks(test, prompt, grid, count=3).picture(seen, tmp_path / "looks.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    weights, image = found["weights"], jnp.asarray(found["images"])[:, None]
+    assert weights.shape == (3, 2, 1, grid[0] * grid[1])
+    # All that the last token gives: to the image and, in a splice, to the words.
+    tokens = jnp.broadcast_to(jnp.array(prompt), (3, len(prompt)))
+    how = {"method": "hidden", "mutable": ["maps"]}
+    run = jax.jit(lambda image: model.apply({"params": params}, tokens, image, **how)[1])
+    leaves = jax.tree.leaves(run(image)["maps"]["language"])
+    own = [x[-1, :, :, -1] for x in leaves if through == "splice" or x.shape[-1] == 8]
+    (own,) = own
+    np.testing.assert_allclose(own.sum(-1), 1, atol=1e-2)
+    np.testing.assert_allclose(own[..., : grid[0] * grid[1]], weights[:, :, 0], atol=1e-2)
+    assert (np.abs(weights[0] - weights[1]) > 1e-4).any(), "and images differ"
 
 
 def test_a_picture_is_read_in_grey_and_in_size(tmp_path):

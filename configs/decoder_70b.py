@@ -4,9 +4,9 @@ Data: shards under data/train and data/test as `python -m train.tokenizer write`
 32,000 ids at most, and where their documents end beside them.
 Model: Llama 2 70B (arXiv 2307.09288), 68,976,648,192 parameters, 8 key heads for 64 of
 queries, with its recipe: 4 million tokens a step, peak 1.5e-4, AdamW with b2 0.95.
-Expected: not run here, nor planned: `python -m train.plan` says what it would cost. Command:
-    python -m train.plan configs/decoder_70b.py --topology v5p:8x8x8 --mesh data=4,fsdp=128
-    python -m train configs/decoder_70b.py --mesh data=4,fsdp=128
+Expected: not run here; on 256 TPU v5p a plan has 26 s a step, 58 % (docs/pods.md). Command:
+    python -m train.plan configs/decoder_70b.py --topology v5p:8x8x4 --mesh data=2,fsdp=128
+    python -m train configs/decoder_70b.py --mesh data=2,fsdp=128
 """
 
 from evaluate.likelihood import Likelihood

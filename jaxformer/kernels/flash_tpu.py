@@ -39,8 +39,9 @@ from jaxformer.kernels.lanes import Lanes, sides
 
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
-VMEM = 112 * 2**20  # Bytes a kernel may hold, of 128 MiB.
-SPARE = 16 * 2**20  # Bytes of VMEM for what the compiler holds in between.
+LEAST = 64 * 2**20  # Bytes of VMEM of the chips that have the least, a v5p and a tpu7x.
+SHARE = 0.9  # Of VMEM, so much a kernel may hold;
+SPARE = 16 * 2**20  # and so many bytes more, where they are, the compiler in between.
 
 
 def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
@@ -74,6 +75,7 @@ class Step:
     `T`, `S`: the lengths; `rows`: of key scratch; `masked`: tiles come from a list, and
     those partly seen are masked. `spans`: of keys that each chunk sees, where known, and
     the `patterns` of those that some see.
+    `single`: VMEM holds the keys of one row and not the next row's too.
     `widen`: products take float32, which gives the same sums. Where a kernel is
     interpreted on a CPU, XLA moves a transpose into the product that takes it, and that of
     jax 0.12 has no such product of bfloat16.
@@ -86,6 +88,7 @@ class Step:
     masked: bool
     spans: visits.Spans | None = None
     patterns: Sequence[np.ndarray] = ()
+    single: bool = False
     widen: bool = False
 
     @property
@@ -159,30 +162,49 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
         logits = sum(size * count for chunk in found[0] for _, size, _, (_, count) in chunk)
         for lanes in (Lanes.of(N, K, H, tile.lanes // n) for n in (1, 2)):
             if logits * lanes.N <= tile.most:
-                return Step(lanes, tile, T, S, True, *found, widen)
+                return Step(lanes, tile, T, S, True, *found, widen=widen)
     size = k.dtype.itemsize
     tile = tiles.tpu(T, S, H, masked=masked, backward=backward, itemsize=size)
     # Where keys are shared, each of them brings some heads of queries.
     lanes = Lanes.of(N, K, H, max(256, tile.lanes * K // N) if masked else tile.lanes)
     if backward and masked and lanes.N * H > 1024:  # Nor would two key heads of many queries.
         lanes = Lanes.of(N, K, H, 128)
-    if backward and lanes.N * H > 1024 and tile.queries > 512:  # They would not fit.
-        tile = dataclasses.replace(tile, queries=512, chunk=512)
-    return Step(lanes, tile, T, S, masked, widen=widen)
+    step = Step(lanes, tile, T, S, masked, widen=widen)
+    block, row = held(step, k, case, backward=backward)
+    if lanes.N * H > 1024 and tile.queries > 512 and block + S * row > SHARE * LEAST:
+        step = dataclasses.replace(step, tile=dataclasses.replace(tile, queries=512, chunk=512))
+        block, row = held(step, k, case, backward=backward)
+    return dataclasses.replace(step, single=block + S * row > SHARE * LEAST)
+
+
+def held(step, k, case, *, backward) -> tuple[int, int]:
+    """Bytes that a kernel holds, in all but keys and for each of them."""
+    lanes, size = step.lanes, k.dtype.itemsize
+    flat, wide = lanes.K * lanes.H, lanes.K // lanes.heads * lanes.width
+    row = (2 if step.single else 4) * flat * size + wide * size + (flat + lanes.K * ONES) * size
+    if backward:
+        row += (2 if step.single else 4) * flat * size + wide * (size + 8)
+    if case.k.cos is not None:
+        row += (8 if step.single else 16) * lanes.width
+    return step.tile.queries * (flat * lanes.G * (12 if backward else 8) * size), row
 
 
 def cut(q, k, case, *, backward) -> list[slice]:
     """Parts of the keys, each short enough to lie in VMEM whole."""
     step = make_step(q, k, case, backward=backward)
-    lanes, size = step.lanes, k.dtype.itemsize
-    flat, wide = lanes.K * lanes.H, lanes.K // lanes.heads * lanes.width
-    row = 4 * flat * size + wide * size + (flat + lanes.K * ONES) * size
-    if backward:
-        row += 4 * flat * size + wide * (size + 8)
-    if case.k.cos is not None:
-        row += 16 * lanes.width
-    block = step.tile.queries * (flat * lanes.G * (12 if backward else 8) * size)
-    return parts.cut(step.S, max(512, (VMEM - SPARE - block) // row // 512 * 512))
+    block, row = held(step, k, case, backward=backward)
+    return parts.cut(step.S, max(512, int(SHARE * vmem() - block) // row // 512 * 512))
+
+
+def vmem() -> int:
+    """Bytes of VMEM of the chip that a program is traced for, by the mesh around it.
+
+    Else of this machine's chip; where that is no TPU, of the one that has the least.
+    """
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return LEAST
 
 
 def compiler_params(arrays, specs, scratch):
@@ -190,13 +212,16 @@ def compiler_params(arrays, specs, scratch):
 
     No more VMEM is asked for than the kernel needs: in the rest XLA may keep arrays.
     """
-    blocks = jax.tree.map(
-        lambda x, s: math.prod(s.block_shape or ()) * x.dtype.itemsize, arrays, specs
-    )
-    held = sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
+
+    def block(x, spec):
+        copies = 2 if spec.pipeline_mode is None else spec.pipeline_mode.buffer_count
+        return copies * math.prod(spec.block_shape or ()) * x.dtype.itemsize
+
+    total = sum(jax.tree.leaves(jax.tree.map(block, arrays, specs)))
+    total += sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in scratch)
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=2 * sum(jax.tree.leaves(blocks)) + held + SPARE,
+        vmem_limit_bytes=min(total + SPARE, max(vmem(), total)),
     )
 
 
@@ -209,7 +234,11 @@ def inputs(q, k, v, case, step):
     """What a kernel reads, and how it is cut into blocks, by name."""
     lanes, H, bq, S = step.lanes, step.lanes.H, step.tile.queries, step.S
     arrays: dict = {"q": flat(q), "k": flat(k), "v": flat(v)}
-    whole = pl.BlockSpec((1, S, lanes.K * H), lambda b, g, i: (b, 0, g))
+    whole = pl.BlockSpec(
+        (1, S, lanes.K * H),
+        lambda b, g, i: (b, 0, g),
+        pipeline_mode=pl.Buffered(1) if step.single else None,
+    )
     specs: dict = {
         "q": pl.BlockSpec((1, bq, lanes.N * H), lambda b, g, i: (b, i, g)),
         "k": whole,
@@ -242,9 +271,9 @@ def inputs(q, k, v, case, step):
         specs["slopes"] = pl.BlockSpec(memory_space=pltpu.SMEM)
     arrays["sides"] = sides(case, lanes)
     specs["sides"] = {}
-    for name, rows in (("q", bq), ("k", S)):
+    for name, rows, mode in (("q", bq, None), ("k", S, whole.pipeline_mode)):
         specs["sides"][name] = {
-            n: _side_spec(x, rows, name == "q") for n, x in arrays["sides"][name].items()
+            n: _side_spec(x, rows, name == "q", mode) for n, x in arrays["sides"][name].items()
         }
     return arrays, specs
 
@@ -258,11 +287,13 @@ def _unseen(patterns: Sequence[np.ndarray]) -> Array:
     return jnp.asarray(x)
 
 
-def _side_spec(x, rows, moves):
+def _side_spec(x, rows, moves, mode):
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda b, g, i: (0, 0))
-    b2 = int(x.shape[0] > 1)
-    return pl.BlockSpec((1, rows, x.shape[2]), lambda b, g, i: (b * b2, i if moves else 0, 0))
+    b2, block = int(x.shape[0] > 1), (1, rows, x.shape[2])
+    return pl.BlockSpec(
+        block, lambda b, g, i: (b * b2, i if moves else 0, 0), pipeline_mode=mode
+    )
 
 
 def _kernel(refs, o_ref, lse_ref, scr, *, case, step):

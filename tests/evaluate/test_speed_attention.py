@@ -79,6 +79,17 @@ def test_padding_of_tiles_is_moved_too():
     }
 
 
+def test_what_is_fetched_for_the_next_run_is_not_moved_twice():
+    text = "\nENTRY %main {\n  %a = f32[8,1024]{1,0:T(8,128)} parameter(0)\n"
+    for n in ("", ".1"):
+        made = "f32[8,1024]{1,0:T(8,128)S(1)}, f32[8,1024]{1,0:T(8,128)}, u32[]{:S(2)}"
+        text += f"  %copy-start{n} = ({made}) copy-start(%a)\n"
+        text += f"  %copy-done{n} = f32[8,1024]{{1,0:T(8,128)S(1)}} copy-done(%copy-start{n})\n"
+        if not n:
+            text += "  ROOT %b = f32[8,1024]{1,0:T(8,128)} negate(%copy-done)\n"
+    assert sorted(name for _, _, name in moved_bytes(text).rows) == ["b", "copy-start"]
+
+
 def test_a_loop_is_told():
     def loop(x):
         return jax.lax.fori_loop(0, 10, lambda i, x: jnp.sin(x @ x), x)

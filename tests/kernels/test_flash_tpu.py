@@ -240,7 +240,7 @@ PARTS = {
 def test_parts_are_the_whole(name, monkeypatch):
     sizes, case = PARTS[name]
     q, k, v, *d = sizes.arrays()
-    monkeypatch.setattr(flash_tpu, "VMEM", flash_tpu.SPARE + 2**20)
+    monkeypatch.setattr(flash_tpu, "LEAST", 2**20)
     found = jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d)
     for backward in (False, True):
         assert len(flash_tpu.cut(q, k, case, backward=backward)) == 3
@@ -285,6 +285,24 @@ def test_keys_of_a_list_leave_a_v5p_room(T, H, K):
     text = str(jax.make_jaxpr(both)(jnp.zeros((1, 2, T), jnp.int32), q, k, lse))
     limits = [int(n) for n in re.findall(r"vmem_limit_bytes=(\d+)", text)]
     assert len(limits) == 2 and max(limits) <= 64 * 2**20
+
+
+CHIPS = {"TPU v5": 64, "TPU v5 lite": 128, "TPU v6 lite": 128, "TPU v4": 16, None: 64}
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_a_kernel_holds_what_its_chip_has(kind):
+    """16 heads of 72 lie side by side, and all of their 4,096 keys where a chip has 64 MiB."""
+    q = jax.ShapeDtypeStruct((1, 4096, 16, 72), jnp.bfloat16)
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu") if kind else None
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(jax.make_jaxpr(lambda q: flash_tpu.forward(q, q, q, Case()))(q))
+    limits = [int(n) / 2**20 for n in re.findall(r"vmem_limit_bytes=(\d+)", text)]
+    if CHIPS[kind] < 64:
+        assert len(limits) > 1  # The keys in parts.
+    else:
+        assert len(limits) == 1 and 57 < limits[0] <= CHIPS[kind]
 
 
 def test_refuses_what_it_cannot_do():

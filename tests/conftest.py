@@ -5,12 +5,17 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where a TPU's library is installed.
-# Tests compile more than they compute: LLVM's optimizer costs them more than it gives.
-FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-# So do the newer fusions; from jax 0.11 there are no others.
-if importlib.metadata.version("jax").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
+# Tests compile more than they compute: LLVM's optimizer costs them more than it gives, and
+# so do the newer fusions, of which only jax 0.10 can do without.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false"
+        if importlib.metadata.version("jax").startswith("0.10.")
+        else "",
+    ]
+).strip()
 
 import jax
 import jaxtyping

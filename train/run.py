@@ -20,9 +20,10 @@ import evaluate.run as evaluation
 from jaxformer import checkpoint, hosts
 from jaxformer.data.loader import fingerprint, to_mesh, train_batches
 from jaxformer.errors import InputError
-from jaxformer.experiment import Experiment, arguments, describe, differences
+from jaxformer.experiment import Experiment, arguments, describe
 from jaxformer.setup import Setup, check_batch, model_flops, setup
 from jaxformer.steps import TrainState
+from train.begin import begin, newest
 from train.log import Log, Unsaved
 from train.pace import Pace
 from train.spoiled import WAYS, Spikes, Spoiled
@@ -319,7 +320,7 @@ def _back(run: _Run, spoiled: Spoiled) -> tuple[TrainState, int]:
             checkpoint.set_aside(folder, step)
     hosts.meet("set aside")
     now = run.data.get_state()
-    state, _, step = _newest(
+    state, _, step = newest(
         run.experiment, run.made, folder, left, run.described, run.data, run.key, run.log.say
     )
     run.manager.reload()  # Those set aside are gone.
@@ -348,66 +349,6 @@ def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:
             "set keep.best=0"
         )
     return scores
-
-
-def begin(
-    experiment, made, folder, described, data, say=print
-) -> tuple[TrainState, jax.Array, int]:
-    """The state, the run's key and the step of the last checkpoint that is whole, or new ones.
-
-    Those after it are set aside, and `say` is told.
-    """
-    whole = made.state.step.sharding
-    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(experiment.seed)
-    saved = checkpoint.steps(folder)
-    if saved:
-        return _newest(experiment, made, folder, saved, described, data, key, say)
-    return _filled(experiment, made, made.init(key)), key, 0
-
-
-def _newest(experiment, made, folder, saved, described, data, key, say):
-    """What `begin` gives, of the last of the steps `saved` that is whole."""
-    while True:
-        *earlier, step = saved
-        try:
-            return *_restored(experiment, made, folder, step, described, data, key), step
-        except checkpoint.Damaged as error:
-            if not earlier:  # To begin anew is for a person to say.
-                raise
-            say(f"warning: {error}; it is set aside, and step {earlier[-1]} is taken")
-            if jax.process_index() == 0:
-                checkpoint.set_aside(folder, step)
-            hosts.meet("set aside")
-            saved = earlier
-
-
-def _filled(experiment: Experiment, made: Setup, state: TrainState) -> TrainState:
-    """The first state, with the parameters that the experiment starts from."""
-    for part in experiment.start:
-        params = part.read(state.params, made.mesh, made.rules)
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        state = state.replace(params=params, ema=ema)
-    return state
-
-
-def _restored(experiment, made, folder, step, described, data, key):
-    """The state and the run's key as they were saved at a step of the same run."""
-    lines = differences(checkpoint.read_experiment(folder, step), described)
-    if lines:
-        raise InputError(
-            f"{folder}: step {step} is of another experiment; choose another --workdir, or "
-            "take the changes back (- in the checkpoint, + now):\n" + "\n".join(lines)
-        )
-    if step > experiment.steps:
-        raise InputError(
-            f"{folder}: the run is at step {step}, beyond steps={experiment.steps}; choose "
-            "more steps or another --workdir"
-        )
-    whole = made.state.step.sharding
-    data_key = jax.eval_shape(jax.random.key_data, key)
-    data_key = jax.ShapeDtypeStruct(data_key.shape, data_key.dtype, sharding=whole)
-    found = checkpoint.restore(folder, step, {"state": made.state, "key": data_key}, data)
-    return found["state"], jax.random.wrap_key_data(found["key"])
 
 
 def _key_data(made: Setup, key: jax.Array) -> jax.Array:

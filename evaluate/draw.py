@@ -16,6 +16,7 @@ from evaluate.run import Trained
 from jaxformer.data.images import Normalize
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.text import Caption
+from jaxformer.errors import InputError
 from jaxformer.objectives.condition import Classes, known
 from jaxformer.samplers.autoregressive import fold
 from jaxformer.samplers.guidance import NONE, Guidance
@@ -74,7 +75,8 @@ class Draw:
 
         Raises:
           InputError: a class outside the table, guidance without a null label, a sampler
-            of another objective or with more steps than its schedule.
+            of another objective or with more steps than its schedule, a shape that the
+            model or the autoencoder does not take.
         """
         objective = trained.objective
         classes, captions = self.classes(trained), self.captions
@@ -104,16 +106,25 @@ class Draw:
             x = start(keys, (len(number), *self.shape))
             return self.sampler.draw(model, objective, x, keys)
 
-        drawn = trained.collect(run, Pipeline(Records(records)))
-        if self.autoencoder is not None:
-            decoder, _ = self.autoencoder.load(trained.mesh)
-            latents = Pipeline(Records([{"image": one} for one in drawn]))
-            drawn = decoder.collect(
-                lambda apply, params, batch: _decode(apply, params, batch["image"]), latents
-            )
+        try:
+            drawn = self._decoded(trained.collect(run, Pipeline(Records(records))), trained)
+        except InputError:
+            raise
+        except ValueError as error:  # Of channels or patches that are others.
+            raise InputError(f"draw.shape={self.shape}: {error}") from error
         mean = np.asarray(self.normalize.mean, np.float32)
         std = np.asarray(self.normalize.std, np.float32)
         return np.clip(drawn * std + mean, 0, 1)
+
+    def _decoded(self, drawn: np.ndarray, trained: Trained) -> np.ndarray:
+        if self.autoencoder is None:
+            return drawn
+        decoder, _ = self.autoencoder.load(trained.mesh)
+
+        def run(apply, params, batch):
+            return _decode(apply, params, batch["image"])
+
+        return decoder.collect(run, Pipeline(Records([{"image": one} for one in drawn])))
 
     def about(self, trained: Trained) -> dict[str, Any]:
         """What has to be known to draw the same again."""

@@ -144,6 +144,8 @@ class Double(nn.Module):
     """Latents [y x C] as pictures of twice the size, a row and column for each."""
 
     def decode(self, latents):
+        if latents.shape[-1] != 1:
+            raise ValueError(f"latents have {latents.shape[-1]} channels; the model has 1")
         return 2 * latents.repeat(2, 1).repeat(2, 2)
 
 
@@ -211,6 +213,9 @@ def test_latents_are_decoded_and_the_record_names_who_did():
     wanted = 2 * (latents - 0.5) + 0.5
     np.testing.assert_allclose(found, wanted.repeat(2, 1).repeat(2, 2), atol=1e-6)
     assert (plain.size, by.size) == ((2, 2), (4, 4))
+    four = dataclasses.replace(by, shape=(2, 2, 4))
+    with pytest.raises(InputError, match=r"draw.shape=\(2, 2, 4\): latents have 4 channels"):
+        four.images(model(1), [0])
     assert plain.about(model())["vae"] is None
     assert by.about(model())["vae"] == "double at step 3"
     with pytest.raises(InputError, match="no autoencoder is there"):
@@ -306,7 +311,7 @@ def test_an_encoder_looks_at_pictures_as_its_own_evaluation_does():
             lambda: dataclasses.replace(DRAW, sampler=Ddpm(2000)).images(
                 model(objective=Gaussian(Classes(3))), [0]
             ),
-            "steps=2000 must be from 1 to 1000",
+            "^steps=2000 must be from 1 to 1000",
         ),
         (lambda: DRAW.images(model(objective=Flow()), [0]), "the objective has no classes"),
         (lambda: dataclasses.replace(TASK, count=4).check(), "count=4 must be 5 or more"),

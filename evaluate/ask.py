@@ -1,4 +1,7 @@
-"""An answer as it comes: `python -m evaluate.ask CONFIG IMAGE "question" --checkpoint DIR`."""
+"""An answer as it comes: `python -m evaluate.ask CONFIG IMAGE "question" --checkpoint DIR`.
+
+In the place of the config and its run a directory of the hub may stand, see `evaluate.hub`.
+"""
 
 import argparse
 import pathlib
@@ -6,21 +9,19 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from evaluate import hub
+from evaluate.greedy import likeliest
 from evaluate.run import Trained, restored, trained
 from jaxformer.data.images import Decode, resized
 from jaxformer.data.loader import Pipeline
-from jaxformer.data.scenes import END, IMAGE, PAD, WORDS, Ask, encode
+from jaxformer.data.scenes import END, IMAGE, WORDS, Ask, encode
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
-from jaxformer.layers.cache import Stepper, empty
 from jaxformer.program import entry
 
 STEPS = 8  # words of the longest answer.
-FILL = 8  # tokens: prompts are as long as a multiple of it.
 
 
 def asker(trained: Trained, test: Pipeline) -> Callable[[np.ndarray, str], Iterator[str]]:
@@ -37,38 +38,17 @@ def asker(trained: Trained, test: Pipeline) -> Callable[[np.ndarray, str], Itera
     *before, ask = test.transforms
     if not isinstance(ask, Ask):
         raise InputError(f"the transforms end in {type(ask).__name__}; they must end in Ask")
-    model: Any = trained.model
-
-    # One row does not divide over a mesh: it is laid out by no rules.
-    @jax.jit
-    def first(params, tokens, lengths, images):
-        variables, T = {"params": params}, tokens.shape[1]
-        step = Stepper.prompted(model, variables, tokens, lengths, {"images": images})
-        at = jnp.where(jnp.arange(T)[None] < lengths[:, None], jnp.arange(T)[None], -1)
-        cache = empty(model, variables, 1, T + STEPS)
-        logits, cache = step(cache, tokens, at, fresh=True, read=lengths[:, None] - 1)
-        return logits[:, -1].argmax(-1), cache, step.then
-
-    @jax.jit
-    def after(params, then, cache, word, at):
-        step = Stepper(model, {"params": params}, then=then)
-        logits, cache = step(cache, word[:, None], at[:, None])
-        return logits[:, -1].argmax(-1), cache
+    draw = likeliest(trained.model, trained.params, STEPS)
 
     def answer(image: np.ndarray, question: str) -> Iterator[str]:
         record: dict[str, Any] = {"image": image, "source": "the image"}
         for transform in before:
             record = transform(record)
         prompt = [IMAGE] * ask.places + asked(question)
-        tokens = jnp.array([prompt + [PAD] * (-len(prompt) % FILL)])
-        at, images = jnp.array([len(prompt)]), jnp.asarray(record["image"])[None, None]
-        word, cache, then = first(trained.params, tokens, at, images)
-        for _ in range(STEPS):
-            if int(word[0]) == END:
+        for word in draw(prompt, record["image"]):
+            if word == END:
                 return
-            yield WORDS[int(word[0])]
-            word, cache = after(trained.params, then, cache, word, at)
-            at += 1
+            yield WORDS[word]
 
     return answer
 
@@ -90,11 +70,15 @@ def read(path: str, size: tuple[int, int]) -> np.ndarray:
     Raises:
       InputError: no such file, or it is no picture.
     """
+    return decoded(contents(path), path, size)
+
+
+def contents(path: str) -> bytes:
+    """The bytes of a picture's file."""
     try:
-        data = pathlib.Path(path).read_bytes()
+        return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a picture") from None
-    return decoded(data, path, size)
 
 
 def decoded(data: bytes, source: str, size: tuple[int, int]) -> np.ndarray:
@@ -121,12 +105,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evaluate.ask", description="Answers a question about an image."
     )
-    parser.add_argument("config", help="the config that the run was trained with")
-    parser.add_argument("image", help="a PNG, JPEG, WebP or BMP: bright digits on black")
+    parser.add_argument("config", help="that of the run, or a directory of the hub")
+    parser.add_argument("image", help="a PNG, JPEG, WebP or BMP; of scenes, bright on black")
     parser.add_argument("question", help="such as 'what is the sum ?'")
     parser.add_argument("overrides", nargs="*", help="the run's, such as model.image=1")
-    parser.add_argument("--checkpoint", required=True, help="a run's directory")
+    parser.add_argument("--checkpoint", help="a run's directory")
+    parser.add_argument("--template", choices=list(hub.TEMPLATES), default="vicuna")
     args = parser.parse_intermixed_args(argv)
+    if pathlib.Path(args.config).is_dir():
+        data = contents(args.image)
+        for text in hub.asker(args.config, hub.TEMPLATES[args.template])(data, args.question):
+            print(text, end="", flush=True)
+        print()
+        return 0
+    if args.checkpoint is None:
+        raise InputError(f"{args.config}: is a config; name its run by --checkpoint DIR")
     experiment = load(args.config, args.overrides)
     task = asking(experiment, args.config)
     image = read(args.image, task.test.source.size)

@@ -10,12 +10,14 @@ import base64
 import functools
 import http.server
 import json
+import pathlib
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from evaluate import hub
 from evaluate.ask import asker, asking, decoded
 from evaluate.run import restored, trained
 from jaxformer.errors import InputError
@@ -157,19 +159,31 @@ def answers(experiment: Any, checkpoint: str, config: str) -> Answer:
     return answer
 
 
+def answers_of_hub(path: str, template: str) -> Answer:
+    """What a directory of the hub answers, see `evaluate.hub`."""
+    words = hub.asker(path, hub.TEMPLATES[template])
+    return lambda data, question: "".join(words(data, question)).strip()
+
+
 @entry
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is interrupted; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluate.serve", description="A model behind an OpenAI-like address."
     )
-    parser.add_argument("config", help="the config that the run was trained with")
+    parser.add_argument("config", help="that of the run, or a directory of the hub")
     parser.add_argument("overrides", nargs="*", help="the run's, such as model.image=1")
-    parser.add_argument("--checkpoint", required=True, help="a run's directory")
+    parser.add_argument("--checkpoint", help="a run's directory")
+    parser.add_argument("--template", choices=list(hub.TEMPLATES), default="vicuna")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_intermixed_args(argv)
-    answer = answers(load(args.config, args.overrides), args.checkpoint, args.config)
+    if pathlib.Path(args.config).is_dir():
+        answer = answers_of_hub(args.config, args.template)
+    elif args.checkpoint is None:
+        raise InputError(f"{args.config}: is a config; name its run by --checkpoint DIR")
+    else:
+        answer = answers(load(args.config, args.overrides), args.checkpoint, args.config)
     with server(answer, args.config, args.host, args.port) as running:
         print(f"http://{args.host}:{running.server_port}/v1 serves {args.config}", flush=True)
         try:

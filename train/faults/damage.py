@@ -12,9 +12,9 @@ import jax
 from jaxformer import checkpoint
 from jaxformer.data.loader import fingerprint, train_batches
 from jaxformer.experiment import Experiment, describe, load
+from train.begin import begin
 from train.faults.processes import CONFIG, TINY
 from train.faults.row import Row, wrongs
-from train.begin import begin
 from train.run import prepare, train
 
 FEW = (*TINY, "mesh=data=1", "steps=4", "keep.every=2", "keep.best=0", "evals={}")

@@ -71,6 +71,7 @@ class Show(Protocol):
 class Count(Show):
     """As many as it takes to be done in `steps` a block, first those of the best rank.
 
+    More steps than a block has masks end with one token a step, when all are shown.
     By "confidence", the probability of what was drawn; its "margin" over the second best;
     the least "entropy"; or at "random", which one token a step makes the exact law of a
     model without time.

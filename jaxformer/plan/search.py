@@ -13,6 +13,7 @@ from jaxformer.plan.ahead import Plan, laid_out, lasting
 
 REMAT = ("none", "dots", "full")
 TENSOR = (1, 2, 4, 8)
+TOGETHER = 4  # meshes that are tried in turn.
 
 
 def candidates(experiment: Experiment, topology: str, most: int = 8) -> list[Experiment]:
@@ -20,8 +21,9 @@ def candidates(experiment: Experiment, topology: str, most: int = 8) -> list[Exp
 
     Meshes of data, fsdp and tensor, each a power of two; each remat policy, where the model
     has a choice; and the batch as it is or taken in two and four parts. What cannot hold
-    the batch or its state is left out; of the rest those with the fewest devices to a
-    parameter come first, as they send the least, and those that compute the least again.
+    the batch or its state is left out. Of the meshes those come first whose state leaves most
+    of the memory free, and copies of a small state on every device before shards of it; four
+    of them are tried with the experiment's own policy, then with others and in more parts.
 
     Raises:
       InputError: no layout divides the batch.
@@ -29,7 +31,7 @@ def candidates(experiment: Experiment, topology: str, most: int = 8) -> list[Exp
     there = chips.find(topology)
     batch = stand_in.shapes(experiment.data, experiment.batch_size)
     limit = int(there.chip.hbm / there.chip.devices)
-    found: list[tuple[Any, Experiment]] = []
+    found: list[tuple[Any, list[Experiment]]] = []
     reason: InputError | None = None
     for mesh in meshes(len(there.devices)):
         laid = dataclasses.replace(
@@ -43,20 +45,20 @@ def candidates(experiment: Experiment, topology: str, most: int = 8) -> list[Exp
         state = lasting(made, batch, limit).state
         if state > 0.7 * limit:
             continue
-        for remat, parts in itertools.product(_policies(laid), (1, 2, 4)):
-            accumulate = parts * experiment.accumulate
-            if experiment.batch_size % (made.batch_ways * accumulate):
-                continue
-            order = (parts, state / limit > 0.3, mesh["tensor"], REMAT.index(remat or "none"))
-            order = (*order, abs(mesh["fsdp"] - 64))
-            found.append((order, _with(laid, remat, accumulate)))
+        ways = [
+            _with(laid, remat, parts * experiment.accumulate)
+            for parts, remat in itertools.product((1, 2, 4), _policies(laid))
+            if experiment.batch_size % (made.batch_ways * parts * experiment.accumulate) == 0
+        ]
+        order = (state / limit > 0.3, mesh["tensor"], mesh["fsdp"] > 1, abs(mesh["fsdp"] - 64))
+        found += [(order, ways)] if ways else []
     if not found:
         raise reason or InputError(
             f"no mesh of {topology} holds the parameters and the optimizer's state; take a "
             "larger topology"
         )
     found.sort(key=lambda pair: pair[0])
-    return [candidate for _, candidate in _spread(found)][:most]
+    return list(itertools.islice(_spread([ways for _, ways in found]), most))
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
@@ -78,18 +80,20 @@ def rank(plan: Plan) -> tuple[bool, float]:
     return rate is None, -(rate or 0.0)
 
 
-def _spread(found):
-    """One of each remat policy in turn, so that few tries see all of them."""
-    kinds: dict[Any, list] = {}
-    for pair in found:
-        remat = getattr(pair[1].model, "remat", None)
-        kinds.setdefault((pair[0][0], remat), []).append(pair)
-    for row in itertools.zip_longest(*kinds.values()):
-        yield from (pair for pair in row if pair is not None)
+def _spread(meshes: list[list[Experiment]]) -> Iterator[Experiment]:
+    """The first way of some meshes, then the second of each, and so on; then other meshes."""
+    for i in range(0, len(meshes), TOGETHER):
+        for row in itertools.zip_longest(*meshes[i : i + TOGETHER]):
+            yield from (candidate for candidate in row if candidate is not None)
 
 
 def _policies(experiment: Experiment) -> tuple[str | None, ...]:
-    return REMAT if hasattr(experiment.model, "remat") else (None,)
+    """The experiment's own, then those that keep less, then those that keep more."""
+    own = getattr(experiment.model, "remat", None)
+    if own is None:
+        return (None,)
+    place = REMAT.index(own)
+    return (*REMAT[place:], *reversed(REMAT[:place]))
 
 
 def _with(experiment: Experiment, remat: str | None, accumulate: int) -> Experiment:

@@ -107,7 +107,13 @@ def test_a_search_tries_what_can_run():
     experiment = load(CONFIG, TINY)
     found = search.candidates(experiment, "v5e:2x2", 6)
     assert len(found) == 6 and len({(e.mesh, e.model.remat, e.accumulate) for e in found}) == 6
-    assert {e.model.remat for e in found} == {"none", "dots", "full"}
+    meshes, own = [e.mesh for e in found], experiment.model.remat
+    assert meshes[0] == "data=4,fsdp=1,tensor=1", "a small state may lie on each device"
+    assert len(set(meshes[:4])) == 4 and meshes[4:] == meshes[:2]
+    assert [e.model.remat == own for e in found] == [True] * 4 + [False] * 2
+    every = search.candidates(experiment, "v5e:2x2", 99)
+    assert {e.model.remat for e in every} == {"none", "dots", "full"}
+    assert {e.accumulate for e in every} == {1, 2, 4}
     assert all("tensor=8" not in e.mesh for e in found), "there are but four chips"
 
 

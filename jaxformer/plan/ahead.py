@@ -231,6 +231,12 @@ def _compile(made: Setup, batch: dict[str, Any]) -> Any:
                     f"a kernel does not fit the chip's fast memory ({match[0].lower()}); leave "
                     "each chip fewer heads (a greater tensor), or take another chip"
                 ) from error
+            if "scoped vmem limit" in str(error):
+                raise InputError(
+                    "a kernel that the compiler joins with a collective does not fit what it "
+                    "then gives of the chip's fast memory; set LIBTPU_INIT_ARGS="
+                    "--xla_tpu_scoped_vmem_limit_kib=49152, here and where it runs"
+                ) from error
             if "RESOURCE_EXHAUSTED" in str(error) or "memory" in str(error):
                 return str(error)
             raise

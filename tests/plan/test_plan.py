@@ -10,14 +10,35 @@ import pytest
 import train.plan
 from jaxformer.data import stand_in
 from jaxformer.data.loader import to_mesh, train_batches
+from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.plan import plan, search
 from jaxformer.plan.advice import advice
-from jaxformer.plan.ahead import held, laid_out, lasting
+from jaxformer.plan.ahead import _compile, held, laid_out, lasting
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "vit_digits_adamw.py")
 TINY = ("model.width=128", "model.depth=2", "model.mlp_dim=256", "batch_size=64")
+
+
+WORDS = {  # libtpu's, where a kernel does not fit.
+    "leave each chip fewer heads": "E1001: Ran out of memory: Used 72.0M of 64.0M vmem",
+    "set LIBTPU_INIT_ARGS": "E1001: RESOURCE_EXHAUSTED: Scoped allocation with size 31.30M and "
+    "limit 16.00M exceeded scoped vmem limit by 15.30M",
+}
+
+
+@pytest.mark.parametrize("remedy", WORDS)
+def test_a_kernel_that_does_not_fit_has_a_remedy(remedy):
+    class Made:
+        def lower(self, batch):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(WORDS[remedy])
+
+    with pytest.raises(InputError, match=remedy):
+        _compile(Made(), {})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")

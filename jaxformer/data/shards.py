@@ -162,6 +162,29 @@ class ParquetText(_Rows):
         return {"text": text, "source": where}
 
 
+@dataclass(frozen=True)
+class ParquetConversations(_Rows):
+    """Parquet files of conversations about images: `{"image", "conversations", "source"}`.
+
+    Columns are named as LLaVA's, see `data.vqa`. An image is the name of a file, or a struct
+    with a field `bytes`, or a list of such; the struct becomes its bytes, or its `path` where
+    it has none. Reading is `Parquet`'s.
+
+    Raises:
+      InputError: a file is missing or damaged, or lacks a column.
+    """
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return "image", "conversations"
+
+    def __getitem__(self, index: int) -> Record:
+        (image, said), where = self._row(index)
+        images = image if isinstance(image, list) else [] if image is None else [image]
+        images = [x.get("bytes") or x.get("path") if isinstance(x, dict) else x for x in images]
+        return {"image": images, "conversations": said, "source": where}
+
+
 def _bytes(image: Any, column: str, where: str) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes")

@@ -1,8 +1,9 @@
-"""Conversations about images as JSON Lines in LLaVA's layout, and a check of all of them.
+"""Conversations about images in LLaVA's layout, and a check of all of them.
 
-A line is `{"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human", "value":
-"<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}`; `image` may be a list, or
-not there. Source of the layout: Liu et al. 2023, arXiv 2304.08485, and the data of its release.
+A line of JSON is `{"id": "7", "image": "coco/7.jpg", "conversations": [{"from": "human",
+"value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}`; `image` may be a list,
+or not there. Parquet has the same columns, and may hold the images themselves. Source of the
+layout: Liu et al. 2023, arXiv 2304.08485, and the data of its release.
 """
 
 import functools
@@ -18,7 +19,7 @@ from PIL import Image
 from jaxformer.data.corpus import Lines
 from jaxformer.data.images import FORMATS, Decode
 from jaxformer.data.rows import first_fit
-from jaxformer.data.shards import Reopened
+from jaxformer.data.shards import ParquetConversations, Reopened, files
 from jaxformer.data.sources import Record
 from jaxformer.data.templates import MARK, PLAIN, Template, encode
 from jaxformer.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 class Fault(NamedTuple):
-    """What is wrong with one sample: `where` is FILE:LINE, `sample` its id or None."""
+    """What is wrong with one sample: `where` is FILE:LINE or FILE[ROW], `sample` its id."""
 
     where: str
     sample: str | None
@@ -43,7 +44,8 @@ class Fault(NamedTuple):
 class Dialogues(Reopened):
     """Each line a row of `length` tokens and up to `most` images, of which answers are learned.
 
-    `source[i]` is int32 `tokens`, `segments` and `answer` `[length]` and float32 `images`
+    `paths` are JSON Lines or, where the first ends in `.parquet`, Parquet. `source[i]` is int32
+    `tokens`, `segments` and `answer` `[length]` and float32 `images`
     `[most, Y, X, C]`. Turns are written as `template` says, see `data.templates`; each
     `<image>` in them becomes `features` times the token `image`. `answer` is 1 for what the
     assistant says and the end of it. A row is never cut, so that no image is cut in two.
@@ -72,8 +74,9 @@ class Dialogues(Reopened):
         return max(self.tokenizer.vocab, self.image + 1)
 
     @functools.cached_property
-    def _lines(self) -> Lines:
-        return Lines(self.paths)
+    def _lines(self) -> Lines | ParquetConversations:
+        parquet = files(self.paths)[0].endswith(".parquet")
+        return ParquetConversations(self.paths) if parquet else Lines(self.paths)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -94,7 +97,7 @@ class Dialogues(Reopened):
             row["segments"][place] = number
             start += len(ids)
             for name in _named(record):
-                images[seen] = self._pixels(name)
+                images[seen] = self._pixels(name, record["source"])
                 seen += 1
         sources = [self._lines[index]["source"] for index in indices]
         return row | {"images": images, "source": ", ".join(sources)}
@@ -112,15 +115,18 @@ class Dialogues(Reopened):
             raise InputError(f"{_fault(record, wrong)}; correct it, or leave the line out")
         return record
 
-    def _pixels(self, name: str) -> np.ndarray:
-        made: Record = {"image": self._file(name).read_bytes(), "source": name}
+    def _pixels(self, name: str | bytes, where: str) -> np.ndarray:
+        if isinstance(name, bytes):
+            made: Record = {"image": name, "source": where}
+        else:
+            made = {"image": self._file(name).read_bytes(), "source": name}
         for transform in self.transforms:
             made = transform(made)
         if made["image"].shape != self.size or made["image"].dtype != np.float32:
             found = f"{made['image'].dtype} {made['image'].shape}"
             raise InputError(
-                f"{name}: becomes {found} and must become float32 {self.size}; end the "
-                "transforms with a crop and Normalize()"
+                f"{made['source']}: becomes {found} and must become float32 {self.size}; "
+                "end the transforms with a crop and Normalize()"
             )
         return made["image"]
 
@@ -154,8 +160,8 @@ class Dialogues(Reopened):
 
     def _faults(self, record: Record, pixels: bool = False) -> Iterator[str]:
         names = _named(record)
-        if not all(isinstance(name, str) and name for name in names):
-            yield '"image" is neither the name of a file nor a list of such names'
+        if not all(isinstance(name, str | bytes) and name for name in names):
+            yield '"image" is neither the name of a file nor its bytes nor a list of such'
             names = []
         said = record.get("conversations")
         turns = list(_wrong_turns(said))
@@ -168,26 +174,31 @@ class Dialogues(Reopened):
                 yield f"has {len(ids)} tokens, images and all, and a row length={self.length}"
         if len(names) > self.most:
             yield f"has {len(names)} images and a row most={self.most}"
-        for name in names:
+        for number, name in enumerate(names):
             wrong = self._wrong_image(name, pixels)
             if wrong is not None:
-                yield f"{name} {wrong}"
+                yield f"{name if isinstance(name, str) else f'image {number}'} {wrong}"
 
     def _file(self, name: str) -> pathlib.Path:
         return pathlib.Path(self.root) / name
 
-    def _wrong_image(self, name: str, pixels: bool) -> str | None:
-        root = pathlib.Path(self.root).resolve()
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            return "lies outside of the folder of images"
+    def _wrong_image(self, name: str | bytes, pixels: bool) -> str | None:
+        missing, data = False, None
         try:
-            data = path.read_bytes() if pixels else None
-            file = path if data is None else io.BytesIO(data)
+            if isinstance(name, bytes):
+                data = name
+                file: Any = io.BytesIO(data)
+            else:
+                root = pathlib.Path(self.root).resolve()
+                file = (root / name).resolve()
+                if not file.is_relative_to(root):
+                    return "lies outside of the folder of images"
+                missing = not file.is_file()
+                if pixels:
+                    data = file.read_bytes()
             with Image.open(file, formats=FORMATS) as image:
                 x, y = image.size
         except OSError as error:
-            missing = not path.is_file()
             return "is not there" if missing else f"is no image ({type(error).__name__})"
         except (ValueError, Image.DecompressionBombError) as error:
             return f"is no image that can be opened ({type(error).__name__})"
@@ -195,7 +206,7 @@ class Dialogues(Reopened):
             return f"has {x} x {y} pixels, above max_pixels={self.max_pixels}"
         if max(x, y) > self.max_aspect * min(x, y):
             return f"has {x} x {y} pixels, longer than max_aspect={self.max_aspect:g} to 1"
-        if data is not None:
+        if pixels and data is not None:
             try:
                 Decode(self.max_pixels)({"image": data, "source": name})
             except InputError:
@@ -240,7 +251,7 @@ class PackedDialogues(Reopened):
 
 
 def _named(record: Record) -> list[Any]:
-    """The images of a line, by name."""
+    """The images of a line, by name or as bytes."""
     found = record.get("image")
     if found is None:
         return []

@@ -1,9 +1,12 @@
 """Rows of conversations about images; every planted fault is named before any step."""
 
+import dataclasses
 import io
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -106,6 +109,34 @@ def test_lines_share_rows_as_tokens_and_images_allow(make):
         np.testing.assert_array_equal(one["images"][: len(images)], images)
     with pytest.raises(InputError, match="1 faults in 1 lines"):
         PackedDialogues(make([line("What?", "A cat.")])).check()
+
+
+def test_rows_of_parquet_are_lines(make, tmp_path):
+    """With images by name, by their bytes, or none."""
+    lines = [
+        line("<image>\nWhat? <image>", "A cat.", image=["a.png", "b.png"]),
+        line("Hi", "Ho", image=None),
+        line("<image>Who?", "It.", image=["a.png"]),
+    ]
+    expected = make(lines)
+
+    def written(images):
+        said = [x["conversations"] for x in lines]
+        table = pyarrow.table({"image": images, "conversations": said})
+        pyarrow.parquet.write_table(table, tmp_path / "talk.parquet")
+        return dataclasses.replace(expected, paths=str(tmp_path / "talk.parquet"))
+
+    named = [x["image"] or [] for x in lines]
+    held = [[{"bytes": png(), "path": name} for name in names] for names in named]
+    for images in (named, held):
+        rows = written(images)
+        rows.check(pixels=True)
+        for index in range(3):
+            for name in ("tokens", "segments", "answer", "images"):
+                np.testing.assert_array_equal(rows[index][name], expected[index][name])
+    held[2][0]["bytes"] = png()[:-60]
+    (fault,) = written(held).faults()
+    assert str(fault) == f"{tmp_path / 'talk.parquet'}[2]: image 0 is cut short or damaged"
 
 
 def test_the_file_is_gone_through_once(make, monkeypatch):

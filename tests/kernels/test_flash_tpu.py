@@ -268,7 +268,11 @@ def test_rows_one_part_after_the_other_are_all_rows(name, monkeypatch):
 
     for name in ("tpu", "tpu_known"):
         monkeypatch.setattr(tiles, name, few(getattr(tiles, name)))
-    same(jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d), whole)
+    same(
+        jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d),
+        whole,
+        close=2e-5,
+    )
 
 
 @pytest.mark.parametrize("T, H, K", [(4096, 128, 16), (2048, 256, 16), (2048, 128, 2)])

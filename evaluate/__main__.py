@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -114,4 +113,4 @@ def finite(value):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hosts.end(main())

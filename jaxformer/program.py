@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxformer import hosts
 from jaxformer.errors import InputError
 
 
@@ -21,7 +20,7 @@ def entry(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args, **options)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            return hosts.leave(2)
+            return 2
 
     return told
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         train(experiment, workdir, profile=profile, patience=patience)
     except (Diverged, Unsaved) as error:
         print(f"error: {error}", file=sys.stderr)
-        return hosts.leave(1)
+        return 1
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             "from the last checkpoint",
             file=sys.stderr,
         )
-        return hosts.leave(1)
+        return 1
     return 0
 
 
@@ -91,4 +91,4 @@ def _span(text: str | None) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hosts.end(main())

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -232,7 +233,8 @@ def _closing(manager: ocp.CheckpointManager, folder: pathlib.Path):
             with _saving(folder):
                 manager.close()
         else:
-            with contextlib.suppress(Exception):  # One fault is enough to tell.
+            # One fault is enough to tell.
+            with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
                 manager.close()
 
     return close

@@ -5,7 +5,6 @@
 
 import argparse
 import dataclasses
-import sys
 from typing import Any
 
 import jax
@@ -110,4 +109,4 @@ def _begun(made: Experiment) -> Trained:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hosts.end(main())

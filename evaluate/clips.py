@@ -6,7 +6,6 @@ a model that unmasks, and the one of least variance: BD3-LM (arXiv 2503.09573) t
 
 import argparse
 import logging
-import pathlib
 import sys
 
 import jax
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 
 from evaluate.run import batches, restored
 from jaxformer.errors import InputError
-from jaxformer.experiment import load
+from jaxformer.experiment import load, workdir
 from jaxformer.objectives.schedules import Clipped
-from jaxformer.objectives.unmask import FLOOR, Unmask, follows, learned, variances
+from jaxformer.objectives.unmask import FLOOR, Unmask, variances
 from jaxformer.program import entry, write_json
 
 
@@ -42,11 +41,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.config}: needs an objective that unmasks and an eval; "
             f"{type(objective).__name__} has no times of masking"
         )
-    directory = args.checkpoint or f"runs/{pathlib.Path(args.config).stem}"
-    step, _, params = restored(experiment, directory)
+    step, _, params = restored(experiment, args.checkpoint or workdir(args.config))
     first = next(iter(batches(next(iter(experiment.evals.values())), args.rows, 1)))
     batch = jax.tree.map(jnp.asarray, first)
-    hidden = learned(batch) & follows(batch) if objective.shift else learned(batch)
+    hidden = objective.hidden(batch)
     how = {"mask_id": objective.mask_id, "block": objective.block, "hidden": hidden}
     says = objective.costs(experiment.model.apply, params)
     found = variances(says, batch["tokens"], jax.random.key(0), step=args.step, **how)

@@ -93,7 +93,7 @@ class Draw:
         def told(label):
             if captions is None:
                 return (label,)
-            return tuple(jnp.asarray(of_all)[label] for of_all in captions.table())
+            return tuple(jnp.asarray(of_all)[label] for of_all in captions.table)
 
         def run(apply, params, batch):
             def says(x, t, *label):

@@ -7,7 +7,6 @@ its model and of the `Draw` that reads them.
 
 import argparse
 import logging
-import pathlib
 import sys
 
 import numpy as np
@@ -16,7 +15,7 @@ from evaluate.run import restored
 from jaxformer.data.latents import write_latents
 from jaxformer.data.shards import ArrayRecord
 from jaxformer.errors import InputError
-from jaxformer.experiment import load
+from jaxformer.experiment import load, workdir
 from jaxformer.program import entry, writing
 
 
@@ -53,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.config}: {type(experiment.model).__name__} has no law of latents; give a "
             "config of a KLAutoencoder"
         )
-    directory = args.checkpoint or f"runs/{pathlib.Path(args.config).stem}"
-    step, _, params = restored(experiment, directory)
+    step, _, params = restored(experiment, args.checkpoint or workdir(args.config))
     with writing():
         count = write_latents(args.file, experiment.evals[args.eval], experiment.model, params)
     print(f"{args.file}: {count} images at step {step}; scale={scale(args.file):.4f}")

@@ -176,6 +176,11 @@ FREE = (
 )
 
 
+def workdir(config: str | pathlib.Path) -> pathlib.Path:
+    """Where a run of the config at this path is kept, unless it is told otherwise."""
+    return pathlib.Path("runs") / pathlib.Path(config).stem
+
+
 def load(path: str | pathlib.Path, assignments: collections.abc.Sequence[str] = ()):
     """Runs the config file at `path`, which defines `experiment()`, and overrides it.
 

@@ -2,14 +2,13 @@
 
 import argparse
 import logging
-import pathlib
 import sys
 
 import jax
 
 from jaxformer import hosts
 from jaxformer.errors import InputError
-from jaxformer.experiment import fields, load
+from jaxformer.experiment import fields, load, workdir
 from jaxformer.program import entry
 
 
@@ -42,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
     experiment = load(args.config, [*args.overrides, *mesh])
-    workdir = args.workdir or pathlib.Path("runs") / pathlib.Path(args.config).stem
     profile = _span(args.profile)
     hosts.join_by(args)
     from train.log import Unsaved
@@ -53,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         patience = PATIENCE if args.patience is None else args.patience
-        train(experiment, workdir, profile=profile, patience=patience)
+        directory = args.workdir or workdir(args.config)
+        train(experiment, directory, profile=profile, patience=patience)
     except (Diverged, Unsaved) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

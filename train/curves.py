@@ -46,12 +46,12 @@ def shares(source: pathlib.Path, target: pathlib.Path, bins: int = 60) -> None:
     """
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     rows = [row for row in rows if row.get("seconds/all")]
-    ends = np.cumsum([row["seconds/all"] for row in rows])
+    whole = np.array([row["seconds/all"] for row in rows])
+    ends = np.cumsum(whole)
     edges = np.linspace(0.0, ends[-1], bins + 1)
     spent = {
         kind: np.array([row.get(f"seconds/{kind}", 0.0) for row in rows]) for kind in KINDS
     }
-    whole = np.array([row["seconds/all"] for row in rows])
     spent = {"steps": whole - sum(spent.values())} | spent
     unit, name = next(
         u

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     for kind, seconds in found.items():
         print(f"{kind:12} {seconds:12,.1f} s {seconds / whole:7.1%}")
     print(f"goodput, the share of steps that were kept: {found['steps'] / whole:.1%}")
-    print(*slow(directory), sep="\n", end="\n" if slow(directory) else "")
+    for line in slow(directory):
+        print(line)
     picture = directory / "goodput.png"
     shares(directory / "metrics.jsonl", picture)
     print(f"over the run: {picture}")

@@ -4,6 +4,7 @@ For names, the alphabet is that of Unicode's: space, hyphen, digits and capitals
 padding, 1 the end of the text, and the letters follow.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ class Caption:
     Adds `tokens`, int32 `[length]`, see `encode`, and `real`, bool `[length]`: what of them
     is no padding. A label of `len(names)` is none: nothing of it is real.
 
-    >>> Caption(("NO", "YES"), 4).table()[1].sum(1).tolist()
+    >>> Caption(("NO", "YES"), 4).table[1].sum(1).tolist()
     [3, 4, 0]
 
     Raises:
@@ -90,6 +91,7 @@ class Caption:
     names: tuple[str, ...]
     length: int
 
+    @functools.cached_property
     def table(self) -> tuple[Int[np.ndarray, "V T"], Bool[np.ndarray, "V T"]]:
         """Tokens and what is real of them for every label, the last of which is none."""
         rows = [encode(name, self.length) for name in self.names]
@@ -103,7 +105,7 @@ class Caption:
                 f"{record.get('source', 'label')}: class {label} has none of the "
                 f"{len(self.names)} names; give one to each class"
             )
-        tokens, real = self.table()
+        tokens, real = self.table
         return record | {"tokens": tokens[label], "real": real[label]}
 
 

@@ -281,7 +281,7 @@ class Unmask:
         What layers sow into the collection "losses" is added, as it is by `NextToken`.
         """
         drawn, key = jax.random.split(key)
-        hidden = self._hidden(batch)
+        hidden = self.hidden(batch)
         draw = "count" if self.block == 1 else self.draw
         noisy = self._noisy(batch["tokens"], drawn, hidden, draw, batch.get("times"))
         options = {"train": True, "rngs": {"dropout": key}, "mutable": ["losses"]}
@@ -306,7 +306,7 @@ class Unmask:
         `bits_per_byte_error`: by the variance of each row's draws, which counts nothing for
         strata, so that it is rather too large.
         """
-        hidden = self._hidden(batch)
+        hidden = self.hidden(batch)
         drawn = []
         for i in range(self.samples):
             key_of = jax.random.fold_in(key, i)
@@ -332,6 +332,11 @@ class Unmask:
                 found[f"{name}_error"] = metrics.Error(variance / unit**2, size)
         return found
 
+    def hidden(self, batch: dict) -> Bool[Array, "B T"]:
+        """Which tokens of a batch may be masked: those that are learned, and can be guessed."""
+        found = learned(batch)
+        return found & follows(batch) if self.shift else found
+
     def costs(
         self, apply: Callable[..., Any], params: Any
     ) -> Callable[[Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T"]]:
@@ -346,10 +351,6 @@ class Unmask:
             return self._guess(apply, params, {"tokens": tokens}, made, options)[0]
 
         return nats_of
-
-    def _hidden(self, batch) -> Bool[Array, "B T"]:
-        hidden = learned(batch)
-        return hidden & follows(batch) if self.shift else hidden
 
     def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
         T = tokens.shape[1]

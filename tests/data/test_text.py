@@ -36,7 +36,7 @@ def test_a_class_has_its_name_and_none_has_nothing_real():
     told = names(record)
     assert decode(told["tokens"]) == "ONE" and told["real"].tolist() == 4 * [True] + 2 * [False]
     assert told["label"] == 1 and record.keys() == {"label", "source"}
-    tokens, real = names.table()
+    tokens, real = names.table
     assert [decode(row) for row in tokens] == ["ZERO", "ONE", ""]
     assert real.sum(1).tolist() == [5, 4, 0]
     with pytest.raises(InputError, match=r"digits\[7\]: class 3 has none of the 2 names"):

@@ -33,12 +33,23 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-of-each", action="store_true", help="one case of each test that is not slow"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Cases that `slow.txt` names are slow: those that took longest, with others like them."""
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.slow)
+    if config.getoption("one_of_each"):
+        quick = [item for item in items if not item.get_closest_marker("slow")]
+        first = {(i.path, i.cls, i.originalname): i for i in reversed(quick)}
+        config.hook.pytest_deselected(items=[i for i in items if i not in first.values()])
+        items[:] = reversed(first.values())
 
 
 @pytest.fixture(scope="module", autouse=True)

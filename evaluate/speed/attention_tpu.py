@@ -77,14 +77,15 @@ MASKS: dict[str, tuple[int, Callable[[], Mask]]] = {
 
 
 def layer(shape: Shape, fused: bool, attend: Callable | None) -> tuple[Callable, dict]:
-    """A layer `(params, x) -> y`, and the shapes of its parameters.
+    """A layer `(params, x) -> y`, and the shapes of its parameters, in bfloat16.
 
-    `attend` stands between projections written as products of matrices; None is ours,
-    the module itself.
+    Every array once through HBM is 12.25 X then, of which the parameters are 0.25. `attend`
+    stands between projections written as products of matrices; None is ours, the module
+    itself.
     """
     module = Attention(shape.N, shape.H, qk_norm=RMSNorm if fused else None)
     boxed = jax.eval_shape(module.init, jax.random.key(0), shape.flat)
-    params = nn.unbox(boxed)["params"]
+    params = jax.tree.map(_bfloat16, nn.unbox(boxed)["params"])
     angles = rotary.angles(jnp.arange(shape.T)[None], shape.H) if fused else None
 
     def ours(params, x):
@@ -107,6 +108,10 @@ def layer(shape: Shape, fused: bool, attend: Callable | None) -> tuple[Callable,
         return project("out", attend(q, k, v).reshape(x.shape))
 
     return ours if attend is None else theirs, params
+
+
+def _bfloat16(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
 
 
 def both_ways(layer: Callable) -> Callable:

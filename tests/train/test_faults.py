@@ -1,4 +1,7 @@
-"""Rows of the table of faults that no other file tests; `python -m train.faults` has all."""
+"""The table of faults, and rows of it that need the machine for themselves.
+
+Those that do not are in `test_faults_beside.py`; `python -m train.faults` has all.
+"""
 
 import json
 import pathlib
@@ -7,7 +10,7 @@ import subprocess
 import pytest
 
 import train.faults.__main__ as faults
-from train.faults import damage, disk, elastic, evaluation, memory, meshes
+from train.faults import disk, elastic, evaluation
 from train.faults.row import Row, wrongs
 
 
@@ -71,12 +74,6 @@ def ended(command, **options):
 
 
 @pytest.mark.slow
-def test_damage_is_found(tmp_path):
-    found = damage.damaged(tmp_path, flips=10)
-    assert not found.wrong, found.shown
-
-
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     found = disk.full(tmp_path)
     assert not found.wrong, found
@@ -91,17 +88,4 @@ def test_processes_come_and_go(tmp_path):
 @pytest.mark.slow
 def test_processes_judge_alike(tmp_path):
     found = evaluation.on_processes(tmp_path)
-    assert not found.wrong, found.shown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", meshes.FAMILIES)
-def test_losses_are_the_same_where_a_sequence_is_split_too(family):
-    found = meshes.same_losses((family,), ("fsdp=2,tensor=2,seq=2",))
-    assert not found.wrong, found.shown
-
-
-@pytest.mark.slow
-def test_a_plan_knows_the_temporaries():
-    found = memory.beside_truth(memory.CASES[:1])
     assert not found.wrong, found.shown

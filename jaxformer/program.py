@@ -19,10 +19,15 @@ def entry(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args, **options)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            tell(error)
             return 2
 
     return told
+
+
+def tell(error: object) -> None:
+    """Says on standard error why a program ends: one write, that no thread's comes between."""
+    sys.stderr.write(f"error: {error}\n")
 
 
 @contextlib.contextmanager

@@ -47,9 +47,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
     if config.getoption("one_of_each"):
         quick = [item for item in items if not item.get_closest_marker("slow")]
-        first = {(i.path, i.cls, i.originalname): i for i in reversed(quick)}
-        config.hook.pytest_deselected(items=[i for i in items if i not in first.values()])
-        items[:] = reversed(first.values())
+        first = {}
+        for item in quick:
+            first.setdefault((item.path, item.cls, item.originalname), item)
+        config.hook.pytest_deselected(items=list(set(items) - set(first.values())))
+        items[:] = first.values()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ import jax
 from jaxformer import hosts
 from jaxformer.errors import InputError
 from jaxformer.experiment import fields, load, workdir
-from jaxformer.program import entry
+from jaxformer.program import entry, tell
 
 
 @entry
@@ -54,16 +54,15 @@ def main(argv: list[str] | None = None) -> int:
         directory = args.workdir or workdir(args.config)
         train(experiment, directory, profile=profile, patience=patience)
     except (Diverged, Unsaved) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(
-            f"error: process {jax.process_index()} lost another one "
+        tell(
+            f"process {jax.process_index()} lost another one "
             f"({str(error).splitlines()[0][:200]}); start all of them again: they go on "
-            "from the last checkpoint",
-            file=sys.stderr,
+            "from the last checkpoint"
         )
         return 1
     return 0

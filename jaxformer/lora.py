@@ -33,7 +33,8 @@ class Lora(nn.Module):
     moment, but there is no state of the optimizer for it.
 
     Raises:
-      InputError: from `init`, no hidden matrix is under one of the names, or a rank below 1.
+      InputError: from `init`, there is no hidden matrix, or none under one of the names, or
+        a rank below 1.
     """
 
     model: nn.Module
@@ -80,6 +81,11 @@ class Lora(nn.Module):
         axes = nn.get_partition_spec(params)
         dimensions: Any = traverse_util.flatten_dict(muon_dimensions(axes), sep="/")
         hidden = [path for path, numbers in dimensions.items() if numbers is not None]
+        if not hidden:
+            raise InputError(
+                f"{type(self.model).__name__} has no hidden matrix for LoRA to stand beside; "
+                "train its kernels themselves"
+            )
         for name in self.names:
             if not any(under(path, name) for path in hidden):
                 raise InputError(
@@ -107,7 +113,7 @@ class Lora(nn.Module):
 
 
 def plain(model: Any) -> Any:
-    """The model within a `Lora`, or the model itself: what a count of operations knows."""
+    """The model within a `Lora`, or the model itself: what knows its sizes."""
     return model.model if isinstance(model, Lora) else model
 
 

@@ -5,6 +5,9 @@ import pathlib
 import sys
 from collections.abc import Iterable
 
+from jaxformer.errors import InputError
+from jaxformer.program import entry
+
 ROWS = ("layers", "kernels", "masks", "rows", "timed", "sized")
 
 
@@ -107,10 +110,17 @@ def _number(value: str | float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+@entry
 def main() -> int:
     """Prints the tables of every file named."""
     for name in sys.argv[1:]:
-        print(markdown(json.loads(pathlib.Path(name).read_text())))
+        try:
+            found = json.loads(pathlib.Path(name).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{name}: is no file of `evaluate.speed attention --json` ({error})"
+            ) from error
+        print(markdown(found))
     return 0
 
 

@@ -68,7 +68,8 @@ class Case:
     `intervals` `[1 or B, 2 or 4, T]` int32: query `t` sees key `s` where
     `intervals[b, 0, t] <= s < intervals[b, 1, t]`, or so with rows 2 and 3; None: all
     keys. An interval may be empty, reach outside of the keys, or overlap the other.
-    `known`: the same, where they are no data.
+    `known`: the same, where they are no data. `fixed_bias`: nobody asks for the bias's
+    gradient, which is as large as all logits; kernels leave it out.
     `bias` `[1 or B, 1 or N, T, S]`: added to the logits. `slopes` `[N]` float32: ALiBi,
     the logits lose `slopes[n] * abs(t + offset - s)`. `scale`: of the products.
     `softcap`: `c * tanh(logits / c)` after the scale.
@@ -83,12 +84,18 @@ class Case:
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     known: Known | None = dataclasses.field(default=None, metadata={"static": True})
+    fixed_bias: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def learns_bias(self) -> bool:
+        """Whether there is a bias that gets a gradient."""
+        return self.bias is not None and not self.fixed_bias
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """Of a loss by what may be learned; None where the case has no such thing.
+    """Of a loss by what may be learned; None where the case has no such thing to learn.
 
     `q`, `k`, `v` have the shape and dtype of their arrays; `bias` of `case.bias`; the
     weights of the norms `[H]` are float32.

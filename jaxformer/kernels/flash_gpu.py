@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -39,6 +38,7 @@ from jaxformer.kernels.flash_gpu_tile import (
     width,
 )
 from jaxformer.kernels.flash_gpu_walk import lists, walk
+from jaxformer.kernels.outputs import output
 from jaxformer.kernels.tiles import gpu
 from jaxformer.kernels.visits import clip
 
@@ -67,8 +67,8 @@ def forward(
     out, lse = pl.pallas_call(
         functools.partial(_forward, p, size),
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((p.B, p.N, p.T), jnp.float32),
+            output(q.shape, q.dtype, q),
+            output((p.B, p.N, p.T), jnp.float32, q),
         ),
         grid=(pl.cdiv(p.T, size.queries), p.N, p.B),
         compiler_params=triton.CompilerParams(size.warps, size.stages),

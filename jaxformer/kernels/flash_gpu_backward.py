@@ -37,6 +37,7 @@ from jaxformer.kernels.flash_gpu_tile import (
     width,
 )
 from jaxformer.kernels.flash_gpu_walk import lists, walk, walk_unseen
+from jaxformer.kernels.outputs import output
 from jaxformer.kernels.tiles import gpu
 
 
@@ -56,7 +57,7 @@ def gradients(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool) -> G
     """All of them; the intervals of `case` are clipped."""
     d_q, d_bias, q_scale, q_shift = _by_queries(p, q, k, v, case, rows, interpret)
     d_k, d_v, k_scale, k_shift = _by_keys(p, q, k, v, case, rows, interpret)
-    if case.bias is not None:
+    if case.bias is not None and case.learns_bias:
         over = [i for i in (0, 1) if case.bias.shape[i] == 1]
         d_bias = d_bias.sum(over, keepdims=True).astype(case.bias.dtype)
     weights = [
@@ -69,12 +70,12 @@ def _by_queries(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dq, the bias's gradient in every batch and head, and sums for the queries' norm."""
     size = gpu("queries", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.T, size.queries)
-    out = {"rows": jax.ShapeDtypeStruct(q.shape, q.dtype)}
-    if case.bias is not None:
+    out = {"rows": output(q.shape, q.dtype, q)}
+    if case.bias is not None and case.learns_bias:
         whole = (p.B, p.N, p.T, p.S)
         dtype = case.bias.dtype if case.bias.shape == whole else jnp.float32
-        out["bias"] = jax.ShapeDtypeStruct(whole, dtype)
-    out |= _norm_sums((p.B, p.N, blocks, p.H), case.q)
+        out["bias"] = output(whole, dtype, q)
+    out |= _norm_sums((p.B, p.N, blocks, p.H), case.q, q)
     out = pl.pallas_call(
         functools.partial(_queries_kernel, p, size),
         out_shape=out,
@@ -90,8 +91,8 @@ def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     """dk and dv, and sums for the keys' norm."""
     size = gpu("keys", p.T, p.S, p.H, p.dtype, laden=p.laden)
     blocks = pl.cdiv(p.S, size.keys)
-    out = {"rows": jax.ShapeDtypeStruct(k.shape, k.dtype), "v": jax.ShapeDtypeStruct.like(v)}
-    out |= _norm_sums((p.B, p.K, blocks, p.H), case.k)
+    out = {"rows": output(k.shape, k.dtype, k), "v": output(v.shape, v.dtype, v)}
+    out |= _norm_sums((p.B, p.K, blocks, p.H), case.k, k)
     out = pl.pallas_call(
         functools.partial(_keys_kernel, p, size),
         out_shape=out,
@@ -103,10 +104,10 @@ def _by_keys(p: Problem, q, k, v, case: Case, rows: Rows, interpret: bool):
     return out["rows"], out["v"], *(out.get(name) for name in ("scale", "shift"))
 
 
-def _norm_sums(shape, side: Side) -> dict[str, jax.ShapeDtypeStruct]:
+def _norm_sums(shape, side: Side, like: Array) -> dict[str, jax.ShapeDtypeStruct]:
     """A program's own sums of the gradients of a norm's weights, where it has them."""
     names = [name for name in ("scale", "shift") if getattr(side, name) is not None]
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
+    return {name: output(shape, jnp.float32, like) for name in names}
 
 
 def _queries_kernel(p: Problem, size, q_ref, k_ref, v_ref, case: Case, rows: Rows, visits, out):
@@ -128,14 +129,14 @@ def _queries_kernel(p: Problem, size, q_ref, k_ref, v_ref, case: Case, rows: Row
             y = jnp.where(visible(ends, s, p.S), y, -jnp.inf)
         d = jnp.exp2(y - lse)
         d *= product(d_out, load_head(p, v_ref, b, at, head)) - delta
-        if case.bias is not None:
+        if "bias" in out:
             store(out["bias"], b, n, t, s, value=d)
         d = (d if slope is None else d * slope).astype(p.dtype)
         return [a + multiply(d, x, contract=0) for a, x in zip(d_q, k, strict=True)]
 
     whole, tiles = p.S // size.keys, pl.cdiv(p.S, size.keys)
     d_q = walk(step, _zeros(p, size.queries), visits, b, block, whole, tiles)
-    if case.bias is not None and visits is not None:
+    if "bias" in out and visits is not None:
 
         def clear(tile):
             zeros = jnp.zeros((size.queries, size.keys), jnp.float32)

@@ -23,12 +23,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels import cost, parts, tiles, visits
 from jaxformer.kernels.arithmetic import LOG2E, multiply
-from jaxformer.kernels.case import Case
+from jaxformer.kernels.case import Case, Side
 from jaxformer.kernels.flash_tpu_tile import (
     as_they_lie,
     by_rows,
     clear_tail,
     keys_of,
+    lay,
     lay_apart,
     logits,
     one_or_many,
@@ -36,10 +37,11 @@ from jaxformer.kernels.flash_tpu_tile import (
     sweep,
 )
 from jaxformer.kernels.lanes import Lanes, sides
+from jaxformer.kernels.outputs import output
 
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
-LEAST = 64 * 2**20  # Bytes of VMEM of the chips that have the least, a v5p and a tpu7x.
+LEAST = tiles.LEAST
 SHARE = 0.9  # Of VMEM, so much a kernel may hold;
 SPARE = 16 * 2**20  # and so many bytes more, where they are, the compiler in between.
 
@@ -51,14 +53,14 @@ def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
 
     Raises:
       NotImplementedError: a head size that is not a multiple of 8 up to 256, a dtype
-        other than bfloat16 and float32, or one query on a chip.
+        other than bfloat16 and float32, several dtypes, or one query on a chip.
     """
-    check(q, interpret)
+    check(q, k, v, interpret)
     run = functools.partial(_forward, interpret=interpret)
     return parts.forward(run, q, k, v, case, cut(q, k, case, backward=False))
 
 
-def check(q: Array, interpret: Any = False) -> None:
+def check(q: Array, k: Array, v: Array, interpret: Any = False) -> None:
     """Raises NotImplementedError for what no TPU kernel here can do."""
     if q.shape[1] == 1 and not interpret:
         raise NotImplementedError("one query: Mosaic multiplies no matrix with a bfloat16 row")
@@ -66,6 +68,9 @@ def check(q: Array, interpret: Any = False) -> None:
         raise NotImplementedError(f"head size {q.shape[-1]} is not a multiple of 8 up to 256")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"dtype {q.dtype} is not bfloat16 or float32")
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise NotImplementedError(f"the TPU kernel needs one dtype, got {dtypes}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,15 +118,15 @@ class Step:
         return multiply(a, b, contract=contract)
 
 
-def _forward(q, k, v, case, *, interpret):
-    (B, T, N, H), K = q.shape, k.shape[2]
-    step = make_step(q, k, case, backward=False, widen=bool(interpret))
+def _forward(q, k, v, case, part, *, interpret):
+    (B, T, N, H), K, some = q.shape, k.shape[2], part.shape(k)
+    step = make_step(q, some, case, backward=False, widen=bool(interpret))
     lanes = step.lanes
     groups = K // lanes.K
-    arrays, specs = inputs(q, k, v, case, step)
+    arrays, specs = inputs(q, k, v, case, part, step)
     out_shape = (
-        jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
-        jax.ShapeDtypeStruct((B, groups, lanes.N, T), jnp.float32),
+        output((B, T, N * H), q.dtype, q),
+        output((B, groups, lanes.N, T), jnp.float32, q),
     )
     out_specs = (
         specs["q"],
@@ -129,12 +134,12 @@ def _forward(q, k, v, case, *, interpret):
     )
     scratch = {
         "vt": pltpu.VMEM((lanes.K, H + ONES, step.rows), v.dtype),
-        "q": pltpu.VMEM((lanes.N, step.tile.queries, lanes.width), q.dtype),
+        "q": pltpu.VMEM((lanes.N, step.tile.queries, lanes.span), q.dtype),
         "out": pltpu.VMEM((lanes.N * H, step.tile.queries), jnp.float32),
         "lse": pltpu.VMEM((lanes.N, 1, step.tile.queries), jnp.float32),
     }
     if not as_they_lie(case.k, step):
-        scratch["k"] = pltpu.VMEM((step.windows, step.rows, lanes.width), k.dtype)
+        scratch["k"] = pltpu.VMEM(lanes.laid(step.rows), k.dtype)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, case=case, step=step),
         grid=(B, groups, step.blocks),
@@ -145,7 +150,7 @@ def _forward(q, k, v, case, *, interpret):
         compiler_params=compiler_params(
             (arrays, *out_shape), (specs, *out_specs), scratch.values()
         ),
-        cost_estimate=cost.estimate(q, k, case, cost.FORWARD, arrays, out_shape),
+        cost_estimate=cost.estimate(q, some, case, cost.FORWARD, arrays, out_shape),
         interpret=interpret,
         name="flash_forward",
     )(arrays)
@@ -164,7 +169,7 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
             if logits * lanes.N <= tile.most:
                 return Step(lanes, tile, T, S, True, *found, widen=widen)
     size = k.dtype.itemsize
-    tile = tiles.tpu(T, S, H, masked=masked, backward=backward, itemsize=size)
+    tile = tiles.tpu(T, S, H, masked=masked, backward=backward, itemsize=size, vmem=vmem())
     # Where keys are shared, each of them brings some heads of queries.
     lanes = Lanes.of(N, K, H, max(256, tile.lanes * K // N) if masked else tile.lanes)
     if backward and masked and lanes.N * H > 1024:  # Nor would two key heads of many queries.
@@ -174,22 +179,38 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
     if lanes.N * H > 1024 and tile.queries > 512 and block + S * row > SHARE * LEAST:
         step = dataclasses.replace(step, tile=dataclasses.replace(tile, queries=512, chunk=512))
         block, row = held(step, k, case, backward=backward)
-    return dataclasses.replace(step, single=block + S * row > SHARE * LEAST)
+    step = dataclasses.replace(step, single=block + S * row > SHARE * LEAST)
+    block, row = held(step, k, case, backward=backward)
+    if lanes.uneven and block + S * row > SHARE * vmem():
+        step = dataclasses.replace(step, lanes=dataclasses.replace(lanes, astride=True))
+        block, row = held(step, k, case, backward=backward)
+        if block + S * row > SHARE * vmem() and tile.queries > 256:
+            step = dataclasses.replace(
+                step, tile=dataclasses.replace(step.tile, queries=256, chunk=256)
+            )
+    return step
 
 
 def held(step, k, case, *, backward) -> tuple[int, int]:
     """Bytes that a kernel holds, in all but keys and for each of them."""
     lanes, size = step.lanes, k.dtype.itemsize
-    flat, wide = lanes.K * lanes.H, lanes.K // lanes.heads * lanes.width
-    row = (2 if step.single else 4) * flat * size + wide * size + (flat + lanes.K * ONES) * size
+    flat, wide = lanes.K * lanes.H, math.prod(lanes.laid(1))
+    copies = 2 if step.single else 4
+    apart = [not (lanes.astride and as_they_lie(side, step)) for side in (case.k, Side())]
+    row = copies * flat * size + apart[0] * wide * size + (flat + lanes.K * ONES) * size
     if backward:
-        row += (2 if step.single else 4) * flat * size + wide * (size + 8)
+        row += copies * flat * size + wide * (apart[1] * size + 8)
     if case.k.cos is not None:
         row += (8 if step.single else 16) * lanes.width
-    return step.tile.queries * (flat * lanes.G * (12 if backward else 8) * size), row
+    if case.bias is not None:  # A block of it, and of its gradient for every head.
+        heads = lanes.N if case.bias.shape[1] > 1 else 1
+        grown = 4 * lanes.N if backward and case.learns_bias else 0
+        row += 2 * step.tile.queries * (heads * case.bias.dtype.itemsize + grown)
+    more = (lanes.span - lanes.width) * (2 if backward else 1) * lanes.N
+    return step.tile.queries * (flat * lanes.G * (12 if backward else 8) + more) * size, row
 
 
-def cut(q, k, case, *, backward) -> list[slice]:
+def cut(q, k, case, *, backward) -> list[parts.Part]:
     """Parts of the keys, each short enough to lie in VMEM whole."""
     step = make_step(q, k, case, backward=backward)
     block, row = held(step, k, case, backward=backward)
@@ -230,13 +251,16 @@ def flat(x: Array) -> Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def inputs(q, k, v, case, step):
-    """What a kernel reads, and how it is cut into blocks, by name."""
+def inputs(q, k, v, case, part, step):
+    """What a kernel reads, and how it is cut into blocks, by name.
+
+    `k` and `v` are whole; all else of keys is of the part alone.
+    """
     lanes, H, bq, S = step.lanes, step.lanes.H, step.tile.queries, step.S
     arrays: dict = {"q": flat(q), "k": flat(k), "v": flat(v)}
     whole = pl.BlockSpec(
-        (1, S, lanes.K * H),
-        lambda b, g, i: (b, 0, g),
+        (1, part.size, lanes.K * H),
+        lambda b, g, i: (b, part.number, g),
         pipeline_mode=pl.Buffered(1) if step.single else None,
     )
     specs: dict = {
@@ -310,8 +334,7 @@ def _kernel(refs, o_ref, lse_ref, scr, *, case, step):
     def some_keys(start, size):
         rows = pl.ds(start, size)
         if "k" in scr:
-            for u, w in enumerate(prepared(lanes, refs, "k", case.k, rows)):
-                scr["k"][u, rows] = w
+            lay(lanes, prepared(lanes, refs, "k", case.k, rows), scr["k"], rows)
         vt = refs["v"][0, rows].T
         for j in range(lanes.K):
             scr["vt"][j, :H, rows] = vt[j * H : (j + 1) * H]

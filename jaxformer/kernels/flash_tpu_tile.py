@@ -44,17 +44,46 @@ def prepared(lanes, refs, name, side, rows):
 def as_they_lie(side, step) -> bool:
     """True where a block of keys holds its windows as products take them."""
     lanes = step.lanes
-    return side.plain and lanes.heads * lanes.H == lanes.width and step.rows == step.S
+    even = lanes.astride or lanes.heads * lanes.H == lanes.width
+    return side.plain and even and step.rows == step.S
 
 
 def keys_of(refs, scr, name, head, rows, step) -> Array:
     """Rows of the window of keys that a query head sees, of scratch or as they lie."""
-    window = step.lanes.window(head)
     if name in scr:
-        return scr[name][window, rows]
-    first = window * step.lanes.width
+        return scr[name][window_of(head, rows, step)]
+    lanes = step.lanes
+    if lanes.astride:
+        return refs[name][window_of(head, rows, step)]
+    first = lanes.window(head) * lanes.width
     first = first if isinstance(first, int) else pl.multiple_of(first, LANES)
-    return refs[name][0, rows, pl.ds(first, step.lanes.width)]
+    return refs[name][0, rows, pl.ds(first, lanes.width)]
+
+
+def window_of(head, rows, step) -> tuple:
+    """Where in scratch those rows of a query head's keys lie that a product takes."""
+    lanes = step.lanes
+    if lanes.astride:
+        return 0, rows, pl.ds(lanes.first(lanes.key_head(head)), lanes.span)
+    return lanes.window(head), rows
+
+
+def lay(lanes, windows, scr, rows):
+    """Lays windows of some rows of keys into scratch."""
+    if lanes.astride:
+        lanes.store(scr.at[0, rows], windows)
+        return
+    for u, w in enumerate(windows):
+        scr[u, rows] = w
+
+
+def laid(lanes, scr, rows):
+    """The windows of some rows in scratch, one by one."""
+    if lanes.astride:
+        yield from lanes.split(scr.at[0, rows])
+    else:
+        for u in range(scr.shape[0]):
+            yield scr[u, rows]
 
 
 def lay_apart(lanes, windows, scr, rows):

@@ -4,6 +4,10 @@ A TPU register holds 128 lanes, and `[B, T, N * H]` is the layout that a product
 writes and reads without a copy. The kernels cut it into *windows*: one head, or as many
 heads as 128 lanes hold where they fit evenly. Other heads than the one at work are set to
 zero, so a product over a whole window is the product over one head, and costs the same.
+
+Heads that no 128 lanes hold evenly, as those of 72, lie apart in windows of their own, or
+*astride*: as they come, in fewer bytes, and a product takes all 128 lanes that a head
+touches, which are up to twice as many.
 """
 
 import dataclasses
@@ -12,6 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxformer.kernels.case import Case, Side
@@ -24,7 +29,8 @@ class Lanes:
     """Where the heads of one grid step lie.
 
     `H` head size, `G` query heads for each key head, `K` key heads in the step. A window
-    is `width` lanes wide and holds `heads` heads side by side.
+    is `width` lanes wide and holds `heads` heads side by side; `astride`, one that is
+    worked on, for what lies in VMEM has no windows then.
     """
 
     H: int
@@ -32,6 +38,7 @@ class Lanes:
     K: int
     width: int
     heads: int
+    astride: bool = False
 
     @classmethod
     def of(cls, N: int, K: int, H: int, lanes: int) -> "Lanes":
@@ -48,6 +55,34 @@ class Lanes:
     def N(self) -> int:
         """Query heads in the step."""
         return self.G * self.K
+
+    @property
+    def uneven(self) -> bool:
+        """True where windows hold lanes without a head, and what comes has none."""
+        return self.heads * self.H < self.width and self.K * self.H % LANES == 0
+
+    @property
+    def span(self) -> int:
+        """Lanes that a product takes."""
+        if not self.astride:
+            return self.width
+        first = [n * self.H // LANES for n in range(self.K)]
+        last = [-(-(n + 1) * self.H // LANES) for n in range(self.K)]
+        return LANES * max(b - a for a, b in zip(first, last, strict=True))
+
+    def laid(self, rows: int) -> tuple[int, int, int]:
+        """The shape in VMEM of `rows` of all keys: windows, or one that is all of them."""
+        if self.astride:
+            return 1, rows, self.K * self.H
+        return self.K // self.heads, rows, self.width
+
+    def first(self, head):
+        """Where the lanes begin that a product with a key head takes, of heads astride."""
+        tile = _div(head * self.H, LANES)
+        last = (self.K * self.H - self.span) // LANES
+        if isinstance(tile, int):
+            return min(tile, last) * LANES
+        return pl.multiple_of(jnp.minimum(tile, last) * LANES, LANES)
 
     def split(self, x) -> Iterator[Array]:
         """`[rows, n * H]` -> n / heads windows `[rows, width]`, zero where there is no head.
@@ -78,6 +113,10 @@ class Lanes:
 
     def only(self, x: Array, head: int) -> Array:
         """A window of queries with query head `head` alone, in its key head's lanes."""
+        if self.astride:
+            spare = jnp.zeros((x.shape[0], self.span - self.width), x.dtype)
+            key = self.key_head(head)
+            return pltpu.roll(jnp.concatenate([x, spare], 1), key * self.H - self.first(key), 1)
         if self.heads == 1:
             return x
         here, there = head % self.heads, head // self.G % self.heads

@@ -1,57 +1,78 @@
 """Attention to a row of keys in parts, where a kernel cannot hold the whole row.
 
 Each part is an attention of its own; their logsumexps say how much of each is in the whole.
+A kernel is handed all keys and the part that it is to read, so that none is copied.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxformer.kernels.case import Case, Gradients, Side
 
 
-def cut(S: int, most: int) -> list[slice]:
+class Part(NamedTuple):
+    """`keys` of them, in the block `number` of those of `size` that the row is cut into."""
+
+    number: int
+    size: int
+    keys: int
+
+    @property
+    def where(self) -> slice:
+        """Where they lie."""
+        return slice(self.number * self.size, self.number * self.size + self.keys)
+
+    def shape(self, k: Array) -> jax.ShapeDtypeStruct:
+        """That of `k` if it held these keys alone."""
+        return jax.ShapeDtypeStruct((k.shape[0], self.keys, *k.shape[2:]), k.dtype)
+
+
+def cut(S: int, most: int) -> list[Part]:
     """`S` keys in parts of at most `most`, a multiple of 512 long but for the last."""
     count = -(-S // most)
-    size = min(-(-S // count // 512) * 512, max(most, 512))
-    return [slice(start, min(start + size, S)) for start in range(0, S, size)]
+    size = S if count == 1 else min(-(-S // count // 512) * 512, max(most, 512))
+    return [Part(n, size, min(size, S - n * size)) for n in range(-(-S // size))]
 
 
-def forward(run: Callable, q, k, v, case: Case, parts: list[slice]) -> tuple[Array, Array]:
-    """`run(q, k, v, case)` over the parts of the keys, as one."""
+def forward(run: Callable, q, k, v, case: Case, parts: list[Part]) -> tuple[Array, Array]:
+    """`run(q, k, v, case, part)` over the parts of the keys, as one."""
     if len(parts) == 1:
-        return run(q, k, v, case)
-    found = [run(q, k[:, part], v[:, part], of(case, part)) for part in parts]
+        return run(q, k, v, case, parts[0])
+    found = [run(q, k, v, of(case, part.where), part) for part in parts]
     lse = functools.reduce(jnp.logaddexp, [total for _, total in found])
     shares = [_weight(total, lse) * out.astype(jnp.float32) for out, total in found]
     return functools.reduce(jnp.add, shares).astype(q.dtype), lse
 
 
-def backward(
-    run: Callable, q, k, v, case: Case, out, lse, d_out, d_lse, parts: list[slice]
-) -> Gradients:
-    """The gradients, from those of each part; the logsumexp is that of the whole."""
+def backward(run: Callable, case: Case, parts: list[Part]) -> Gradients:
+    """The gradients by `run(case, part, before)` over the parts; logsumexps are the whole's.
+
+    `run` gives gradients and what else it hands on; `before` are those of the part before,
+    None at first. The gradients by q are of all parts by then, those by k and v have all
+    that were found, and the rest is of the part alone.
+    """
     if len(parts) == 1:
-        return run(q, k, v, case, out, lse, d_out, d_lse)
-    found = [
-        run(q, k[:, part], v[:, part], of(case, part), out, lse, d_out, d_lse) for part in parts
-    ]
+        return run(case, parts[0], None)[0]
+    found, before = [], None
+    for part in parts:
+        before = run(of(case, part.where), part, before)
+        found.append(before[0])
 
     def total(name) -> Any:
         some = [getattr(g, name) for g in found]
-        if some[0] is None:
-            return None
-        return functools.reduce(jnp.add, [x.astype(jnp.float32) for x in some])
+        return None if some[0] is None else functools.reduce(jnp.add, some)
 
     return Gradients(
-        total("q").astype(q.dtype),
-        jnp.concatenate([g.k for g in found], 1),
-        jnp.concatenate([g.v for g in found], 1),
-        None if case.bias is None else jnp.concatenate([g.bias for g in found], 3),
+        found[-1].q,
+        found[-1].k,
+        found[-1].v,
+        None if not case.learns_bias else jnp.concatenate([g.bias for g in found], 3),
         *(total(name) for name in ("q_scale", "q_shift", "k_scale", "k_shift")),
     )
 

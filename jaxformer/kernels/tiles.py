@@ -4,8 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-# Most bytes of a step's keys where a list tells which are seen: so much a v5p has room for.
+# Most bytes of a step's keys where a list tells which are seen, of 64 MiB of VMEM.
 LISTED = 8 * 2**20
+LEAST = 64 * 2**20  # Bytes of VMEM of the chips that have the least, a v5p and a tpu7x.
 
 
 def up(n: int, multiple: int) -> int:
@@ -39,7 +40,16 @@ class Tpu:
     listed: int = 0
 
 
-def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, itemsize: int = 2) -> Tpu:
+def tpu(
+    T: int,
+    S: int,
+    H: int,
+    *,
+    masked: bool,
+    backward: bool,
+    itemsize: int = 2,
+    vmem: int = LEAST,
+) -> Tpu:
     """For `T` queries and `S` keys of head size `H`, of `itemsize` bytes a number."""
     many = {"unrolled": 8, "written": 4096} if backward else {}
     if masked:
@@ -49,7 +59,7 @@ def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, itemsize: int =
         # their room; and of float32 all else is twice as large too.
         most, ahead, room = (4 * H, 3, LISTED // 4) if backward else (8 * H, 6, LISTED)
         most = min(most, 1024)
-        room = room if itemsize == 2 else room // 2
+        room = room * vmem // LEAST * 2 // itemsize
         lanes = max(256, min(most, room // (S * itemsize)))
         return Tpu(queries, queries, 256, lanes, ahead=ahead, listed=size, **many)
     if T <= 512 and S == 512 and not backward:
@@ -67,7 +77,7 @@ def tpu(T: int, S: int, H: int, *, masked: bool, backward: bool, itemsize: int =
 def tpu_known(T: int, S: int, H: int, *, backward: bool) -> Tpu:
     """For intervals that are known: all queries in one step, written out tile by tile."""
     chunk = T if T <= 256 else 256
-    lanes, most = (2 * H, 3_500_000) if backward else (4 * H, 7_000_000)
+    lanes, most = (2 * H, 3_500_000) if backward else (min(8 * H, 1024), 7_000_000)
     return Tpu(up(T, chunk), chunk, 256, max(128, lanes), chains=64, ahead=6, most=most)
 
 

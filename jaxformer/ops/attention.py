@@ -1,11 +1,13 @@
 """`attend`: softmax attention, its meaning, and the choice of who computes it."""
 
+import contextlib
 import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -110,10 +112,13 @@ def explain(
       q: the shape of the queries, `B T N H`.
       k: the shape of the keys, `B S K H`.
       dtype: of all three.
-      platform: "tpu", "cuda" or "cpu".
+      platform: "tpu", "cuda" (or "gpu") or "cpu".
       impl: as for `attend`.
       **options: as for `attend`, from `mask` to `angles`.
     """
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    if platform not in ("tpu", "cuda", "cpu"):
+        raise ValueError(f"platform={platform!r} must be one of tpu, cuda, gpu, cpu")
     choices = {}
 
     def both(q, k, v):
@@ -138,6 +143,7 @@ def max_logit(
     """
     mask = Full() if mask is None else mask
     check.shapes(q, k, k, mask, None, norm, angles)
+    check.mask_rows(mask, q, k)
     (_, T, N, H), S = q.shape, k.shape[1]
     case = Case(*_sides(norm, angles), scale=_scale(scale, H))
     q, k = (jax.lax.stop_gradient(x) for x in (q, k))
@@ -164,6 +170,9 @@ def weights(
     """
     mask = Full() if mask is None else mask
     check.shapes(q, k, k, mask, bias, norm, angles)
+    check.mask_rows(mask, q, k)
+    if isinstance(bias, Alibi):
+        raise ValueError("bias: weights takes an array, and this is an Alibi")
     (B, T, N, H), S = q.shape, k.shape[1]
     case = Case(*_sides(norm, angles), scale=_scale(scale, H))
     logits = dense.products(dense.prepare(case.q, q), dense.prepare(case.k, k), case)
@@ -209,11 +218,14 @@ def _problem(
         raise ValueError(f"impl={impl!r} must be one of {', '.join(choose.IMPLS)}")
     (_, T, _, H), S = q.shape, k.shape[1]
     plain = isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0
-    intervals, why_not = None, None
+    intervals, told, why_not = None, None, None
     if impl != "reference":
         try:
-            with jax.ensure_compile_time_eval():  # Where the mask holds no data.
+            with _now(mask):
                 intervals = mask.intervals(T, S)
+            told = known(mask, intervals)
+            if intervals is not None and not isinstance(intervals, Tracer):
+                intervals = jnp.asarray(np.asarray(intervals))  # Of no devices either.
             kept = None
         except NotImplementedError as error:
             kept, why_not = mask, str(error)
@@ -221,6 +233,8 @@ def _problem(
         kept = None if isinstance(mask, Full) else mask
     if intervals is not None:
         check.rows("mask", intervals.shape, q)
+    elif kept is not None:
+        check.mask_rows(kept, q, k)
     shown = None
     if mask.pads:
         shown = padding.shown(kept, intervals, T, S)
@@ -232,21 +246,38 @@ def _problem(
     case = Case(
         *_sides(norm, angles),
         intervals=intervals,
-        known=known(mask, intervals),
+        known=told,
         bias=bias,
         slopes=slopes,
         offset=offset,
         scale=_scale(scale, H),
-        softcap=softcap,
+        softcap=_softcap(softcap),
     )
     how = How(impl, causal=plain, lse=lse, why_not=why_not)
     return Problem(q, k, v, case, kept, how), shown
 
 
+@contextlib.contextmanager
+def _now(mask: Mask):
+    """What a mask without traced data is asked is computed, and not traced.
+
+    It belongs to no mesh: JAX has no eager arrays in a `jax.shard_map`.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(mask)):
+        yield
+    else:
+        nowhere = jax.sharding.AbstractMesh((), ())
+        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(nowhere):
+            yield
+
+
 def known(mask: Mask, intervals) -> Known | None:
-    """The intervals of a mask that holds no array: a kernel may be written for them."""
+    """The intervals of a mask without an array, the same for all rows of the batch.
+
+    A kernel may be written for them.
+    """
     data = any(not isinstance(leaf, int) for leaf in jax.tree.leaves(mask))
-    if data or intervals is None or intervals.shape[2] > MOST_KNOWN:
+    if data or intervals is None or intervals.shape[0] > 1 or intervals.shape[2] > MOST_KNOWN:
         return None
     return Known(np.asarray(intervals)[0])
 
@@ -257,6 +288,14 @@ def _scale(scale, H: int) -> float:
     if not isinstance(scale, numbers.Real):
         raise ValueError(f"scale must be a number, got {scale!r}; multiply q by an array")
     return float(scale)
+
+
+def _softcap(softcap) -> float | None:
+    if softcap is None:
+        return None
+    if not isinstance(softcap, numbers.Real) or not float(softcap) > 0:
+        raise ValueError(f"softcap must be a number above 0, got {softcap!r}")
+    return float(softcap)
 
 
 def _sides(norm, angles) -> tuple[Side, Side]:

@@ -1,5 +1,7 @@
 """What `attend` refuses: one sentence that names the argument, its shape and the rule."""
 
+import jax
+
 from jaxformer.ops.alibi import Alibi
 
 
@@ -13,6 +15,8 @@ def shapes(q, k, v, mask, bias, norm, angles) -> None:
         raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
     if k.shape[0] != B or k.shape[3] != H:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head size")
+    if not (T and S and K):
+        raise ValueError(f"q {q.shape} and k {k.shape} must have a token and a head at least")
     if N % K:
         raise ValueError(f"q has {N} heads, which must be a multiple of the {K} of k")
     _bias(bias, (B, N, T, S))
@@ -29,6 +33,14 @@ def rows(name: str, shape, q) -> None:
         raise ValueError(
             f"{name} has {shape[0]} rows and must have 1 or {q.shape[0]}, as q {q.shape}"
         )
+
+
+def mask_rows(mask, q, k) -> None:
+    """`rows` of a mask that is not made of intervals."""
+    T, S = q.shape[1], k.shape[1]
+    place = jax.ShapeDtypeStruct((1,), "int32")
+    seen = jax.eval_shape(lambda at: mask.visible(at, at, (T, S)), place)
+    rows("mask", seen.shape, q)
 
 
 def _bias(bias, whole) -> None:

@@ -75,7 +75,7 @@ def products(q, k, case: Case) -> Float[Array, "B K G T S"]:
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     single = q.dtype == jnp.float32  # Where it is less, the scale would round q again.
     q = (q * case.scale if single else q).swapaxes(1, 2).reshape(B, K, N // K * T, H)
-    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    logits = _product(q, k.transpose(0, 2, 3, 1))
     logits = logits.reshape(B, K, N // K, T, S)
     logits = logits if single else logits * case.scale
     cap = case.softcap
@@ -106,6 +106,7 @@ def rows(q, index, k, v, case: Case, mask: Mask | None, T: int) -> Out:
         seen = seen[:, None, None]
         logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
     highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    highest = jnp.maximum(highest, jnp.finfo(logits.dtype).min)  # Where a bias is -inf.
     weights = jnp.exp(logits - highest)
     if seen is not None:
         weights = jnp.where(seen, weights, 0)
@@ -115,9 +116,15 @@ def rows(q, index, k, v, case: Case, mask: Mask | None, T: int) -> Out:
     lse = jnp.where(some, highest + jnp.log(total), -jnp.inf).reshape(B, N, t)
     # Divided after the product, where there are H numbers a row and not S.
     weights = weights.astype(v.dtype).reshape(B, K, N // K * t, S)
-    y = jnp.matmul(weights, v.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    y = _product(weights, v.swapaxes(1, 2))
     y = y.reshape(B, K, N // K, t, H) / total
     return y.reshape(B, N, t, H).swapaxes(1, 2).astype(q.dtype), lse
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Of matrices, summed in float32, and float32 ones not cut to less, as in the kernels."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _side(side: Side, scale, shift) -> Side:

@@ -6,10 +6,24 @@ gradient for each of the mapped, the primitive runs in a loop instead.
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+from jaxformer.ops.mask import Mask
 
 # How an operand carries the batch: "B" has it, "1" or "b" has it or a 1 there, "0" has none.
 # In the order of the fields of `Gradients`: q, k, v, bias and four weights of norms.
 LEARNED = "BBBb0000"
+
+
+class Tiled(Mask):
+    """A mask of which the rows of the batch come `times` times, one after the other."""
+
+    mask: Mask
+    times: int = struct.field(pytree_node=False)
+
+    def visible(self, q, k, lengths):
+        seen = self.mask.visible(q, k, lengths)
+        return jnp.tile(seen, (self.times, 1, 1)) if seen.shape[0] > 1 else seen
 
 
 def batched(primitive, args, dims, **params):
@@ -33,6 +47,7 @@ def batched(primitive, args, dims, **params):
         x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
         return x.reshape(size * B, *x.shape[2:])
 
+    params |= {"trees": _tiled(args, params["trees"], size)}
     whole = map(fold, args, kinds, mapped)
     out = [x.reshape(size, B, *x.shape[1:]) for x in primitive.bind(*whole, **params)]
     if back:
@@ -42,6 +57,15 @@ def batched(primitive, args, dims, **params):
             for x, shape in zip(out, shapes, strict=False)
         ]
     return out, [0] * len(out)
+
+
+def _tiled(args, trees, times: int):
+    """The trees of the operands where a mask that no interval holds is as long as they."""
+    n, m = (tree.num_leaves for tree in trees)
+    case, mask = jax.tree.unflatten(trees[1], args[n : n + m])
+    if mask is None:
+        return trees
+    return trees[0], jax.tree.structure((case, Tiled(mask, times)))
 
 
 def _loop(primitive, args, mapped, params):

@@ -169,10 +169,10 @@ class Segments(Mask):
     def check(self, T, S):
         k_ids = self.q_ids if self.k_ids is None else self.k_ids
         for name, ids, length in (("q_ids", self.q_ids, T), ("k_ids", k_ids, S)):
-            if ids.shape[-1] != length:
+            if ids.ndim != 2 or ids.shape[1] != length:
                 raise ValueError(
-                    f"Segments.{name} has shape {ids.shape} and must have {length} "
-                    "columns, one for each token"
+                    f"Segments.{name} has shape {ids.shape} and must be [B, {length}], an id "
+                    "for each token"
                 )
             if not isinstance(ids, Tracer) and not sets.side_by_side(np.asarray(ids)):
                 raise ValueError(
@@ -259,6 +259,10 @@ class Twice(Mask):
             raise ValueError(f"Twice takes two halves of queries and keys; got {T} and {S}")
         self.mask.check(T // 2, S // 2)
 
+    @property
+    def pads(self):
+        return self.mask.pads
+
 
 class And(Mask):
     """What both masks show."""
@@ -318,7 +322,8 @@ class Positions(Mask):
     A query sees the keys of its own position and of those before it, not farther than
     `window - 1` where there is a window. With a `block` tokens see all of their own block of
     so many positions and the blocks before it; None is one block of all. A key of position
-    -1 is none; neither sees a query of position -1 anything. Shapes: `q` `[#B, T]`, `k`
+    -1 is none; neither sees a query of position -1 anything. What lies there must be finite,
+    as the zeros of a cache are: it is not looked for (`pads`). Shapes: `q` `[#B, T]`, `k`
     `[#B, S]`.
     """
 
@@ -340,8 +345,8 @@ class Positions(Mask):
 
     def check(self, T, S):
         for name, positions, length in (("q", self.q, T), ("k", self.k, S)):
-            if positions.shape[-1] != length:
+            if positions.ndim != 2 or positions.shape[1] != length:
                 raise ValueError(
-                    f"Positions.{name} has shape {positions.shape} and must have {length} "
-                    "columns, one for each token"
+                    f"Positions.{name} has shape {positions.shape} and must be [1 or B, "
+                    f"{length}], one for each token"
                 )

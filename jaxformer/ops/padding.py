@@ -31,10 +31,10 @@ def _of(mask: Mask, T: int, S: int) -> tuple[Array, Array]:
     size = min(T, 128)
     index = jnp.minimum(jnp.arange(-(-T // size) * size), T - 1).reshape(-1, size)
 
-    def step(keys, index):
+    def part(index):
         seen = mask.visible(index, jnp.arange(S), (T, S))
-        return keys | seen.any(1), seen.any(2)
+        return seen.any(2), seen.any(1)
 
-    batch = jax.eval_shape(lambda: step(jnp.zeros((1, S), bool), index[0])[0]).shape[0]
-    keys, rows = jax.lax.scan(step, jnp.zeros((batch, S), bool), index)
-    return jnp.moveaxis(rows, 0, 1).reshape(batch, -1)[:, :T], keys
+    rows, keys = jax.lax.map(part, index)
+    batch = keys.shape[1]
+    return jnp.moveaxis(rows, 0, 1).reshape(batch, -1)[:, :T], keys.any(0)

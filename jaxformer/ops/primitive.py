@@ -12,6 +12,7 @@ order XLA alone. That is more than `custom_vjp` (no forward mode) or `custom_jvp
 compiled for its platform and nowhere else, and one set of residuals serves all platforms.
 """
 
+import dataclasses
 import functools
 import warnings
 
@@ -32,7 +33,7 @@ from jaxformer.ops.mask import Mask
 NAMES = ("attention_out", "attention_lse")
 
 PLATFORMS = (None, "tpu", "cuda")
-PARAMETERS = ("trees", "how", "wanted", "with_lse")
+PARAMETERS = ("trees", "how", "wanted", "with_lse", "fixed_bias")
 
 
 def attention(q, k, v, case: Case, mask: Mask | None, how: How):
@@ -75,6 +76,18 @@ def _parts(args, trees):
 
 def _problem(learned: Gradients, rest: Case, mask, how: How) -> Problem:
     return Problem(*join(learned, rest), mask, how)
+
+
+def _alone(context) -> bool:
+    """Whether what is lowered is one device's part, which a kernel may be."""
+    around = context.module_context.axis_context
+    if (manual := getattr(around, "manual_axes", None)) is not None:
+        return all(n == 1 or name in manual for name, n in around.mesh.shape.items())
+    return (getattr(around, "num_devices", None) or 1) == 1
+
+
+# XLA cannot cut a kernel in pieces.
+SEVERAL = "arrays lie on several devices; cut them by sharding.use or a jax.shard_map of yours"
 
 
 def _tell(choice: choose.Choice, platform: str | None, queries: int) -> None:
@@ -166,7 +179,10 @@ def _tangent_transpose(cotangents, *args, trees, how, wanted):
         return [None] * fixed + [ad.Zero(x.aval) for x in args[fixed:]]
     with_lse = type(d_lse) is not ad.Zero
     given = [ad.instantiate_zeros(d_out)] + ([d_lse] if with_lse else [])
-    params = {"trees": trees, "how": how, "with_lse": with_lse}
+    learned = vars(_parts(args, trees)[0])
+    names = [name for name, x in learned.items() if x is not None]
+    still = not dict(zip(names, wanted, strict=True)).get("bias", True)
+    params = {"trees": trees, "how": how, "with_lse": with_lse, "fixed_bias": still}
     found = backward_p.bind(*args[:fixed], *given, **params)
     return [None] * fixed + [g for g, w in zip(found, wanted, strict=True) if w]
 
@@ -174,22 +190,26 @@ def _tangent_transpose(cotangents, *args, trees, how, wanted):
 # ---- backward
 
 
-def _backward(*args, platform, trees, how, with_lse):
+def _backward(*args, platform, trees, how, with_lse, fixed_bias):
     learned, rest, mask, (out, lse, d_out, *more) = _parts(args, trees)
+    rest = dataclasses.replace(rest, fixed_bias=fixed_bias)
     problem = _problem(learned, rest, mask, how)
     d_lse = more[0] if more else None
     found, choice = choose.backward(problem, out, lse, d_out, d_lse, platform)
     _tell(choice, platform, problem.q.shape[1])
+    if fixed_bias:  # Which nobody reads: XLA leaves it out.
+        found = dataclasses.replace(found, bias=jnp.zeros_like(learned.bias))
     types = jax.tree.leaves(learned)
     return [g.astype(x.dtype) for g, x in zip(jax.tree.leaves(found), types, strict=True)]
 
 
-def _backward_types(*avals, trees, how, with_lse):
+def _backward_types(*avals, trees, how, with_lse, fixed_bias):
     return list(avals[: trees[0].num_leaves])
 
 
-def _backward_jvp(primals, tangents, *, trees, how, with_lse):
-    out = backward_p.bind(*primals, trees=trees, how=how, with_lse=with_lse)
+def _backward_jvp(primals, tangents, *, trees, how, with_lse, fixed_bias):
+    params = {"trees": trees, "how": how, "with_lse": with_lse, "fixed_bias": fixed_bias}
+    out = backward_p.bind(*primals, **params)
     n, last = trees[0].num_leaves, len(primals) - 1 - with_lse
 
     # `out` and `lse` are functions of the rest: XLA computes them anew, and through them.
@@ -221,9 +241,15 @@ def _define(name, run, types, jvp, transpose=None) -> Primitive:
 
     primitive.def_impl(eagerly)
     primitive.def_abstract_eval(types)
+
+    def lower(context, *args, how, platform, **params):
+        if platform in choose.ORDER and not _alone(context):
+            how = dataclasses.replace(how, why_not=how.why_not or SEVERAL)
+        lowered = functools.partial(run, platform=platform, how=how)
+        return mlir.lower_fun(lowered, multiple_results=True)(context, *args, **params)
+
     for platform in PLATFORMS:
-        lowered = functools.partial(run, platform=platform)
-        rule = mlir.lower_fun(lowered, multiple_results=True)
+        rule = functools.partial(lower, platform=platform)
         mlir.register_lowering(primitive, rule, platform=platform)
     ad.primitive_jvps[primitive] = jvp
     if transpose is not None:

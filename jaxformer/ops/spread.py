@@ -24,7 +24,7 @@ def spread(q, k, v, case: Case, mask: Mask | None, how: How):
     mesh = jax.sharding.get_abstract_mesh()
     # Where axes are manual, the caller has cut the arrays: this is one device's part.
     place = None if mesh.empty or mesh.manual_axes else sharding.place(q.shape, "BTNH")
-    if place is None or all(sharding.ways(mesh, where) == 1 for where in place):
+    if place is None or mesh.size == 1:
         return attention(q, k, v, case, mask, how)
     b, t, n, _ = place
     parts = sharding.ways(mesh, t)

@@ -48,6 +48,24 @@ CHIPS = {
     "v6e": Chip(918e12, 31.25 * _GIB, 1.64e12, 4, 112e9, 1.75e9, 16),
     "tpu7x": Chip(2307e12, 192 * _GIB, 7.4e12, 6, 200e9, 2.2e9, 4, devices=2),
 }
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+OTHERS = {  # bfloat16 operations a second, from the makers' pages.
+    "TPU v4": 275e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak(kind: str) -> float | None:
+    """bfloat16 operations a second of one device, by JAX's name of it; None if not known."""
+    known = {name: CHIPS[chip].flops / CHIPS[chip].devices for name, chip in KINDS.items()}
+    known |= OTHERS
+    found = [name for name in known if kind.startswith(name)]
+    return known[max(found, key=len)] if found else None
+
+
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x4", "8x8x8",

@@ -13,7 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from evaluate.speed import attention, attention_tpu, bundles, rivals, table
+from evaluate.speed.__main__ import held
 from evaluate.speed.tpu import Job, Program, compile_for, moved_bytes, programs, steering
+from jaxformer.errors import InputError
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
@@ -237,3 +239,13 @@ MEASURED = pathlib.Path(__file__).parents[2] / "docs" / "measured"
 )
 def test_what_was_measured_is_read(file):
     assert "\n|---" in table.markdown(json.loads(file.read_text()))
+
+
+def test_a_file_that_is_no_table_is_told(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "none.json"
+    monkeypatch.setattr(sys, "argv", ["table", str(path)])
+    assert table.main() == 2
+    assert f"{path}: is no file of" in capsys.readouterr().err
+    path.write_text("x")
+    with pytest.raises(InputError, match="holds no runs"):
+        held(path)

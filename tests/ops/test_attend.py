@@ -10,7 +10,7 @@ import pytest
 
 from jaxformer.ops.alibi import Alibi, alibi_slopes
 from jaxformer.ops.attention import attend, attend_lse, explain, max_logit, weights
-from jaxformer.ops.mask import Causal, Mask, Prefix, Segments, Spans
+from jaxformer.ops.mask import Causal, Mask, Positions, Prefix, Segments, Spans
 from jaxformer.ops.norm import Norm
 
 IDS = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0]])
@@ -200,7 +200,10 @@ BAD = {
         r"Alibi.slopes has shape \(3,\) and must be \(2,",
     ),
     "impl": ({"impl": "flash"}, "impl='flash' must be one of auto, reference"),
-    "mask": ({"mask": Segments(IDS[:, :5])}, "must have 7 columns"),
+    "mask": (
+        {"mask": Segments(IDS[:, :5])},
+        r"Segments.q_ids has shape \(2, 5\) and must be \[B, 7\]",
+    ),
     "rows of a mask": ({"mask": Prefix(jnp.arange(3))}, "mask has 3 rows and must have 1 or 2"),
     "torn segments": ({"mask": Segments(IDS.at[0, 6].set(1))}, "must stand side by side"),
     "norm": ({"norm": (Norm(jnp.ones(4)), None)}, r"norm: the scale for q has shape \(4,\)"),
@@ -210,6 +213,8 @@ BAD = {
         r"angles for q have shape \(1, 7, 8\) and must",
     ),
     "scale": ({"scale": jnp.ones(8)}, "scale must be a number"),
+    "softcap": ({"softcap": 0.0}, "softcap must be a number above 0, got 0.0"),
+    "nothing": ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "must have a token and a head at"),
 }
 
 
@@ -220,6 +225,23 @@ def test_bad_input_names_the_argument_and_the_rule(name, unchecked):
     options = {n: v for n, v in changes.items() if n not in "qkv"}
     with pytest.raises(ValueError, match=message):
         attend(*given, **options)
+
+
+def test_ids_and_positions_are_of_rows_and_of_as_many_as_queries(unchecked):
+    q = jnp.zeros((2, 7, 2, 8))
+    with pytest.raises(
+        ValueError, match=r"Segments.q_ids has shape \(7,\) and must be \[B, 7\]"
+    ):
+        attend(q, q, q, mask=Segments(IDS[0]))
+    three = Positions(jnp.zeros((3, 7), int), jnp.zeros((3, 7), int))
+    for f in (attend, functools.partial(attend, impl="reference")):
+        with pytest.raises(ValueError, match="mask has 3 rows and must have 1 or 2"):
+            f(q, q, q, mask=three)
+    for f in (weights, max_logit):
+        with pytest.raises(ValueError, match="mask has 3 rows and must have 1 or 2"):
+            f(q, q, mask=three)
+    with pytest.raises(ValueError, match="takes an array, and this is an Alibi"):
+        weights(q, q, bias=Alibi(alibi_slopes(2)))
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_part_of_a_mask_is_its_part():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Segments(IDS), r"Segments.q_ids has shape \(1, 5\) and must have 4 columns"),
-        (Causal() & Segments(IDS), "must have 4 columns"),
+        (Segments(IDS), r"Segments.q_ids has shape \(1, 5\) and must be \[B, 4\]"),
+        (Causal() & Segments(IDS), r"must be \[B, 4\]"),
         (BlockDiffusion(2) | Causal(), "an even number; got 4 and 6"),
     ],
 )
@@ -191,7 +191,9 @@ def test_positions_are_data():
     assert picture(Positions(q, k, window=2)) == "01000 01010 00011 10001 00000"
     assert picture(Positions(q, k, block=2)) == "01010 01010 11011 11011 00000"
     assert picture(Positions(q, k, window=2, block=None)) == "01010 01011 10011 10001 00000"
-    with pytest.raises(ValueError, match=r"Positions.k has shape \(1, 5\) and must have 6"):
+    with pytest.raises(
+        ValueError, match=r"Positions.k has shape \(1, 5\) and must be \[1 or B, 6\]"
+    ):
         Positions(q, k).dense(5, 6)
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from evaluate.run import batches, restored
 from jaxformer.errors import InputError
 from jaxformer.experiment import load, workdir
+from jaxformer.objectives.clips import variances
 from jaxformer.objectives.schedules import Clipped
-from jaxformer.objectives.unmask import FLOOR, Unmask, variances
+from jaxformer.objectives.unmask import FLOOR, Unmask
 from jaxformer.program import entry, write_json
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     batch = jax.tree.map(jnp.asarray, first)
     hidden = objective.hidden(batch)
     how = {"mask_id": objective.mask_id, "block": objective.block, "hidden": hidden}
-    says = objective.costs(experiment.model.apply, params)
+    says = objective.costs(experiment.model.apply, params, batch)
     found = variances(says, batch["tokens"], jax.random.key(0), step=args.step, **how)
     ranked, whole = sorted(found.items(), key=lambda pair: pair[1]), Clipped(FLOOR, 1.0)
     for schedule, variance in [*ranked[:5], (whole, found[whole])]:

@@ -18,6 +18,7 @@ from evaluate.run import Trained
 from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Record
 from jaxformer.data.tokenizer import Tokenizer
+from jaxformer.errors import InputError
 from jaxformer.models.mdlm import shifted
 from jaxformer.models.timed import TimedDecoder
 from jaxformer.objectives.unmask import by_count, nats
@@ -39,6 +40,9 @@ class UnmaskHarness(Harness):
       samples: draws of a bound; 128 are LLaDA's.
       show: which tokens are shown in a step, where texts are asked for.
       seed: of all draws.
+
+    Raises:
+      InputError: a model of block diffusion.
     """
 
     def __init__(
@@ -54,6 +58,12 @@ class UnmaskHarness(Harness):
         seed: int = 0,
     ):
         super().__init__(trained, tokenizer, length)
+        objective = getattr(trained.objective, "last", trained.objective)
+        if getattr(objective, "block", None) is not None:
+            raise InputError(
+                "a model of block diffusion does not see what this asks of it, all at once; "
+                "ask one that learned without a block"
+            )
         self.mask_id, self.shift, self.samples = mask_id, shift, samples
         self.show, self.seed = show, seed
 

@@ -4,7 +4,8 @@ The holes are those of the task `Infill` of `configs/decoder_stdlib.py`, in batc
 length, greedily, by the same three models as in `speed.unmask`. The decoder goes on from what
 stands before a hole, with its cache and for as many tokens as the batch's longest hole has,
 in whole eights; the others see both sides, or by blocks what stands before and in the block.
-All are told how many tokens are hidden. A rate counts the tokens that were hidden.
+By blocks a hole begins where one does. All are told how many tokens are hidden. A rate
+counts the tokens that were hidden.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def by_mask(show, sampler, block: int | None = None, size: int | None = None, **
     """Unmasking: by no cache, or a sampler of `samplers.blocks`; `size` is the model's."""
 
     def make(side: Side) -> Fill:
-        model, task = side.model, side.infill
+        model, task = side.model, dataclasses.replace(side.infill, align=block or 1)
 
         @jax.jit
         def go(params, tokens):
@@ -166,7 +167,7 @@ def sides() -> dict[str, tuple[str, Callable[[Side], Fill]]]:
     shows |= {"a token a step": Count(64), "above 0.9": Above(0.9), "above 0.5": Above(0.5)}
     for name, show in shows.items():
         found[f"masked, {name}"] = ("masked", by_mask(show, unmask.sample))
-    for name in ("a token a step", "above 0.5"):
+    for name in ("2 steps", "4 steps", "a token a step", "above 0.5"):
         around = by_mask(shows[name], blocks.refreshed, 2 * BLOCK, keep="around")
         found[f"masked, {name}, around"] = ("masked", around)
     for name in ("1 step", "2 steps", "4 steps", "a token a step", "above 0.5"):

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import pathlib
-import sys
 import tempfile
 
 import jax
@@ -147,6 +146,9 @@ def draw(found: list[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    source, target = (pathlib.Path(name) for name in sys.argv[1:])
-    draw(held(source), target)
-    print(table([row for run in held(source) for row in run["rows"]]))
+    drawer = argparse.ArgumentParser(prog="python -m evaluate.speed.stdlib")
+    drawer.add_argument("runs", type=pathlib.Path, help="a file that --json wrote")
+    drawer.add_argument("picture", type=pathlib.Path, help="a PNG to draw")
+    told = drawer.parse_args()
+    draw(held(told.runs), told.picture)
+    print(table([row for run in held(told.runs) for row in run["rows"]]))

@@ -201,12 +201,12 @@ def filled(show, sampler, block: int, size: int | None = None, **options) -> Mak
 def sides() -> dict[str, tuple[str, Make]]:
     """Every sampler by its name, and whose parameters it takes."""
     found: dict[str, tuple[str, Make]] = {"decoder": ("decoder", by_token)}
-    shows = {f"{n} a step": Count(BLOCK // n) for n in (1, 2, 4, 8)}
+    shows = {f"{n} a step": Count(BLOCK // n) for n in (1, 2, 4, 8, 16)}
     shows |= {"above 0.9": Above(0.9), "above 0.5": Above(0.5), "entropy 1": Bound(1.0)}
     for name, show in shows.items():
         grown = filled(show, blocks.growing, BLOCK, BLOCK)
         found[f"blocks, {name}, cache"] = ("blocks", grown)
-    for name in ("4 a step", "above 0.9"):
+    for name in ("4 a step", "8 a step", "above 0.9"):
         plain, show = functools.partial(filled, shows[name], unmask.sample), shows[name]
         found[f"blocks, {name}, none"] = ("blocks", plain(BLOCK, BLOCK))
         found[f"masked, {name}, none"] = ("masked", plain(BLOCK))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxformer.errors import InputError
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import KV
 from jaxformer.models.decoder import Decoder, LanguageModel
@@ -62,6 +63,9 @@ def denoiser(
     of so many and those before it, as a model of block diffusion does.
     """
 
+    if block is not None:
+        _untimed(model)
+
     def denoise(tokens, share):
         given = {"share": share} if isinstance(model, TimedDecoder) else {}
         if block is not None:
@@ -97,6 +101,14 @@ class Streams:
         return 2 * alone - 2 * T * model.width * model.vocab + pair * (seen - 2 * T * T)
 
 
+def _untimed(model) -> None:
+    if isinstance(model, TimedDecoder):
+        raise InputError(
+            "a TimedDecoder is told one share for all tokens, and neither blocks nor caches of "
+            "them know theirs; draw from it by samplers.unmask.sample, without a block"
+        )
+
+
 class Canvas(struct.PyTreeNode):
     """What `samplers.blocks` calls: the model on all of a canvas, or on a part and a cache.
 
@@ -111,12 +123,14 @@ class Canvas(struct.PyTreeNode):
 
     def empty(self, rows: int, length: int) -> Any:
         """A cache without a token in it, with a slot for each place."""
+        _untimed(self.model)
         return caches.empty(self.model, self.variables, rows, length, spare=length)
 
     def whole(
         self, tokens: Int[Array, "B T"], read: Int[Array, "B R"]
     ) -> tuple[Float[Array, "B R V"], Any]:
         """Logits at the places `read`, and a cache of all tokens."""
+        _untimed(self.model)
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = None if self.block is None else Positions(at, at, block=self.block)
         x, new = self._hidden(self.variables, tokens, at, mask)
@@ -134,8 +148,10 @@ class Canvas(struct.PyTreeNode):
 
         Logits that are shifted take one token more, that before `first`.
         """
-        T, first = tokens.shape[1], first - self.shift
-        at = first[:, None] + jnp.arange(size + self.shift)[None]
+        T = tokens.shape[1]
+        before = int(self.shift and size < T)  # No token stands before all of them.
+        first = first - before
+        at = first[:, None] + jnp.arange(size + before)[None]
         at = jnp.where((at >= 0) & (at < T), at, -1)
 
         def rest(kv: KV) -> KV:

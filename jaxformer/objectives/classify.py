@@ -30,6 +30,10 @@ class Classify:
     inputs: tuple[str, ...] = ("image",)
     link: Literal["softmax", "sigmoid"] = "softmax"
 
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"smoothing={self.smoothing} must lie in [0, 1); 0.1 is usual")
+
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where the data has more classes than the model."""
         classes = pipeline.source.num_classes

@@ -105,7 +105,7 @@ class LogLinear:
 class Clipped:
     """Between `low` and `high` of all, evenly: to train with less variance, no bound.
 
-    Source: BD3-LM, arXiv 2503.09573; `objectives.unmask.least_variance` chooses.
+    Source: BD3-LM, arXiv 2503.09573; `objectives.clips.least_variance` chooses.
     """
 
     low: float

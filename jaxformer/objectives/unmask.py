@@ -4,7 +4,7 @@ The bound is an integral over time of the nats of all masked tokens, by the sche
 Where little is masked the rate has no limit. Others leave the first thousandth out, and
 report less than a bound. Here, below `floor`, what is masked at `floor` is shown in one
 step, which is a step of the same bound: one draw estimates all of it without bias, and no
-weight is above `1 / floor`. Masking exactly k of n tokens, k evenly from 1 to n and weight
+weight is above that of `floor`. Masking exactly k of n tokens, k evenly from 1 to n and weight
 `n / k`, has the same mean as the integral without any floor (LLaDA, arXiv 2502.09992).
 
 A guess has the form SUBS (MDLM, arXiv 2406.07524): what is seen stays, and the mask itself
@@ -48,6 +48,13 @@ class Noisy(struct.PyTreeNode):
     share: Float[Array, "B T"]
 
 
+def _divides(block: int | None, T: int) -> int:
+    """The tokens of a block of a row, which is one block if there is no other."""
+    if block is not None and (block < 1 or T % block):
+        raise InputError(f"block={block} must divide the row of {T} tokens")
+    return T if block is None else block
+
+
 def by_time(
     tokens: Int[Array, "B T"],
     key: Array,
@@ -73,7 +80,7 @@ def by_time(
     """
     B, T = tokens.shape
     drawn, which = jax.random.split(key)
-    size = T if block is None else block
+    size = _divides(block, T)
     at = times(drawn, B, T // size) if at is None else at
     t = jnp.repeat(at, size, axis=1)
     late = jnp.maximum(t, floor)
@@ -98,7 +105,7 @@ def by_count(
     """Masks exactly k of the n tokens that may be, in each row or block; args as `by_time`."""
     B, T = tokens.shape
     drawn, which = jax.random.split(key)
-    size = T if block is None else block
+    size = _divides(block, T)
     may = jnp.ones((B, T), bool) if hidden is None else hidden
     may = may.reshape(B, -1, size)
     n = may.sum(-1, keepdims=True)
@@ -175,52 +182,14 @@ def exact(
     return (each.sum(1) * jnp.asarray(ways, each.dtype)).sum()
 
 
-def variances(
-    nats_of: Callable[[Array, Array], Array],
-    tokens: Int[Array, "B T"],
-    key: Array,
-    *,
-    mask_id: int,
-    block: int | None = None,
-    hidden: Bool[Array, "B T"] | None = None,
-    width: float = 0.5,
-    step: float = 0.05,
-) -> dict[Clipped, float]:
-    """How much the loss of a row varies, in (nats a token) squared, by `Clipped` schedule.
-
-    Of all intervals of at least `width` whose ends are multiples of `step`; `nats_of(noisy,
-    tokens) -> [B, T]`, and `hidden` is what may be masked, all if not given. Source: BD3-LM,
-    arXiv 2503.09573, whose grid and steps these are.
-    """
-    ends, found = np.arange(0, 1 + step / 2, step), {}
-    may = jnp.ones(tokens.shape, bool) if hidden is None else hidden
-
-    how: dict[str, Any] = {"mask_id": mask_id, "block": block, "hidden": may}
-    nats_of = jax.jit(nats_of)
-    for low, high in itertools.product(ends, ends):
-        if high - low >= width - step / 2:
-            schedule = Clipped(max(float(low), FLOOR), float(high))
-            noisy = by_time(tokens, key, schedule=schedule, **how)
-            each = jnp.where(noisy.weight > 0, nats_of(noisy.tokens, tokens), 0)
-            rows = (each * noisy.weight).sum(1) / may.sum(1)
-            found[schedule] = float(rows.var())
-    return found
-
-
-def least_variance(*args: Any, **how: Any) -> Clipped:
-    """The `Clipped` schedule under which the loss of a row varies least; see `variances`."""
-    found = variances(*args, **how)
-    return min(found, key=found.__getitem__)
-
-
 @dataclasses.dataclass(frozen=True)
 class Unmask:
     """Learns to guess what is masked in `batch["tokens"]`; batches as of `NextToken`.
 
     What `answer` leaves out, a prompt, is seen always. With a `block` it is block diffusion
     (BD3-LM, arXiv 2503.09573): each block is guessed by itself and by the clean blocks
-    before it; `block=1` is a model of the next token, and `block=T` masked diffusion.
-    Segments then begin where blocks do.
+    before it; `block=1` is a model of the next token, and `block=T` masked diffusion. A block
+    in which a text of a packed row ends and another begins is two: neither sees the other.
 
     With `shift` a token is guessed where the model stands at the one before it, as a decoder
     guesses (Dream, arXiv 2508.15487): in a block by the noisy one, and the first of a block
@@ -228,7 +197,9 @@ class Unmask:
     `block=1` is the decoder itself: its loss, without a noisy half.
 
     Evaluation draws by count, `samples` times a batch, and is the bound itself; so does
-    training where a block is one token, which is then always masked. With `timed` the model
+    training where a block is one token, which is then always masked. By time the constant of
+    a schedule that leaves some tokens seen at its end, `unmasked_at_end * log V`, is left out
+    of the loss: it has no gradient. With `timed` the model
     is told how much is masked, as `share`, see `models.timed`.
     """
 
@@ -242,6 +213,18 @@ class Unmask:
     shift: bool = False
     inputs: tuple[str, ...] = ("tokens",)
 
+    def __post_init__(self):
+        for name in ("samples", "chunk", "block"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"objective.{name}={value} must be 1 or more")
+        if self.draw not in ("time", "count"):
+            raise InputError(f"objective.draw={self.draw!r} must be time or count")
+        if isinstance(self.schedule, Clipped) and (self.draw == "count" or self.block == 1):
+            raise InputError(
+                "a Clipped schedule is of times; set objective.draw=time and a block above 1"
+            )
+
     def arguments(self, tokens: Array) -> tuple[Array, ...]:
         """What the model is called with, of such a batch."""
         return (tokens, jnp.zeros(tokens.shape[0])) if self.timed else (tokens,)
@@ -254,10 +237,11 @@ class Unmask:
                 "needs an id of its own, such as the last"
             )
         vocab = getattr(pipeline.source, "vocab", None)
-        if vocab is not None and vocab > self.mask_id:
+        if vocab is not None and vocab > self.mask_id and not _special(pipeline, self.mask_id):
             raise InputError(
                 f"the data has ids up to {vocab - 1}, which leaves no id for the mask, "
-                f"mask_id={self.mask_id}; set mask_id={vocab} and model.vocab={vocab + 1}"
+                f"mask_id={self.mask_id}; set mask_id={vocab} and model.vocab={vocab + 1}, or "
+                "give a tokenizer in which that id is a special token"
             )
         if model.causal:
             raise InputError("a model that unmasks sees both ways; set model.causal=False")
@@ -338,9 +322,12 @@ class Unmask:
         return found & follows(batch) if self.shift else found
 
     def costs(
-        self, apply: Callable[..., Any], params: Any
+        self, apply: Callable[..., Any], params: Any, batch: dict
     ) -> Callable[[Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T"]]:
-        """`(noisy, tokens) -> nats` of every token: what `variances` asks of a model."""
+        """`(noisy, tokens) -> nats` of every token: what `variances` asks of a model.
+
+        `tokens` are those of the batch, whose texts do not see each other.
+        """
 
         def nats_of(noisy, tokens):
             hides = (noisy == self.mask_id).astype(jnp.float32)
@@ -348,14 +335,11 @@ class Unmask:
             share = hides.reshape(len(hides), -1, size).mean(-1).repeat(size, 1)
             made = Noisy(noisy, hides, share)
             options = {"mutable": ["losses"]}
-            return self._guess(apply, params, {"tokens": tokens}, made, options)[0]
+            return self._guess(apply, params, batch | {"tokens": tokens}, made, options)[0]
 
         return nats_of
 
     def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
-        T = tokens.shape[1]
-        if self.block is not None and T % self.block:
-            raise InputError(f"block={self.block} must divide the row of {T} tokens")
         how: dict[str, Any] = {
             "mask_id": self.mask_id,
             "block": self.block,
@@ -393,6 +377,14 @@ class Unmask:
             apply, params, x[:, :T], tokens, self.chunk, without=self.mask_id
         )
         return each, right, left
+
+
+def _special(pipeline: Any, token: int) -> bool:
+    """Whether a token is one that no text holds, by the tokenizer of the data."""
+    tokens = getattr(pipeline.source, "tokens", None)
+    lengths, tokenizer = (getattr(tokens, name, None) for name in ("lengths", "tokenizer"))
+    around = (getattr(tokenizer, name, None) for name in ("begin", "end"))
+    return lengths is not None and bool(lengths[token] == 0) and token not in around
 
 
 def learned(batch: dict[str, Array]) -> Bool[Array, "B T"]:

@@ -1,7 +1,8 @@
 """Unmasking block by block with a cache: what is not at work is not looked at anew.
 
 `growing` is for models that see blocks as they come (BD3-LM, arXiv 2503.09573): what is
-kept of a filled block never changes, and the text is that of `unmask.sample`. `refreshed` is
+kept of a filled block never changes, and the text is that of `unmask.sample` (but of experts
+with a capacity, who take other tokens where there are fewer). `refreshed` is
 for models that see both ways: all is computed at a block's start and after every `refresh`
 steps, and between them only a part, which looks at what was kept of the rest (Fast-dLLM,
 2505.22618). That is exact in the steps in which all is computed.
@@ -21,7 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformer.errors import InputError
 from jaxformer.samplers.autoregressive import by_row
 from jaxformer.samplers.logits import PLAIN, Law
-from jaxformer.samplers.unmask import Filled, Show, check, closed, revealer
+from jaxformer.samplers.unmask import Filled, Show, begins, check, closed, revealer
+
+CHUNKS = 8  # A prompt as long as the canvas is computed in so many calls.
 
 
 @runtime_checkable
@@ -66,44 +69,71 @@ def growing(
 ) -> Filled:
     """Fills blocks one after the other, each row at its own; args as of `unmask.sample`.
 
-    A block that is filled, or was given, is computed once more to be kept; those that are
-    given before the first mask are computed together.
+    What is kept is written where a row begins a block, by a call that computes the block
+    before it too, now that it is filled; calls within a block only read. Blocks given before
+    the first mask are computed a few at once, later ones in a call each.
     """
     B, T = tokens.shape
     check(tokens, mask_id, block, law)
     keys = by_row(key, B)
     reveal = revealer(show, law, mask_id, T)
-    of = jnp.arange(T) // block
+    of, since = jnp.arange(T) // block, begins(tokens, mask_id)
+
+    def places(now):
+        return now[:, None] * block + jnp.arange(block)[None]
+
+    def at_work(tokens, now):
+        """Which rows have something to fill in their block."""
+        return (taken(tokens, places(now), -1) == mask_id).any(1)
+
+    def advance(state, now, logits):
+        (tokens, shown), number, (steps, calls) = state
+        at = places(now)
+        mine = taken(tokens, at, -1)
+        opened = mine == mask_id
+        new = reveal(keys, steps, number, at, logits, mine, opened)
+        found = _shown(tokens, shown, at, new, steps, mask_id, end, since)
+        some = opened.any(1)
+        return found, number + some, (steps + some, calls + 1)
 
     def body(carry):
-        (tokens, shown), now, number, (steps, calls), cache = carry
-        at = now[:, None] * block + jnp.arange(block)[None]
-        logits, cache = canvas.part(cache, tokens, now * block, block, at)
-        opened = taken(tokens, at, -1) == mask_id
-        some = opened.any(1)
-        new = reveal(keys, steps, number, at, logits, taken(tokens, at, -1), opened)
-        state = _shown(tokens, shown, at, new, steps, mask_id, end)
-        number = jnp.where(some, number + 1, 0)
-        return state, now + ~some, number, (steps + some, calls + 1), cache
+        state, now, cache = carry
+        before, at = (now - 1) * block, places(now)
+        logits, cache = canvas.part(cache, state[0][0], before, 2 * block, at)
+        state = advance(state, now, logits)
+
+        def within(state):
+            """Whether each row that has masks has one in its block, and one does."""
+            masked = (state[0][0] == mask_id).any(1)
+            return masked.any() & (at_work(state[0][0], now) | ~masked).all()
+
+        def step(state):
+            logits, _ = canvas.part(cache, state[0][0], now * block, block, at)
+            return advance(state, now, logits)
+
+        found, number, counts = jax.lax.while_loop(within, step, state)
+        some = at_work(found[0], now)
+        return (found, jnp.where(some, number, 0), counts), now + ~some, cache
 
     first = jnp.where(tokens == mask_id, of[None], T // block).min(1)
-    most = jnp.where(first < T // block, first, 0).max() * block
-    cache = canvas.empty(B, T)
+    given = jnp.where(first < T // block, first - 1, 0).max() * block
+    chunk = -(-T // block // CHUNKS) * block
     none = jnp.zeros((B, 0), jnp.int32)
 
-    def given(size: int) -> Callable[[Any], Any]:
-        """Keeps the first `size` tokens."""
-        if not size:
-            return lambda cache: cache
-        return lambda cache: canvas.part(cache, tokens, first * 0, size, none)[1]
+    def keep(carry):
+        cache, start, calls = carry
+        cache = canvas.part(cache, tokens, jnp.full(B, start), chunk, none)[1]
+        return cache, start + chunk, calls + 1
 
-    cache = _by_size([0, *_sizes(T, block)], most, given, cache)
+    cache, _, calls = jax.lax.while_loop(
+        lambda carry: carry[1] < given, keep, (canvas.empty(B, T), jnp.int32(0), jnp.int32(0))
+    )
     zeros = jnp.zeros(B, jnp.int32)
-    calls = (most > 0).astype(jnp.int32)
-    state = (tokens, jnp.full((B, T), -1, jnp.int32))
-    start = (state, first, zeros, (zeros, calls), cache)
-    found = jax.lax.while_loop(lambda carry: (carry[0][0] == mask_id).any(), body, start)
-    return Filled(*found[0], found[3][1])
+    state = ((tokens, jnp.full((B, T), -1, jnp.int32)), zeros, (zeros, calls))
+    (found, _, (_, calls)), *_ = jax.lax.while_loop(
+        lambda carry: (carry[0][0][0] == mask_id).any(), body, (state, first, cache)
+    )
+    return Filled(*found, calls)
 
 
 def refreshed(
@@ -145,7 +175,7 @@ def refreshed(
         raise InputError(f"refresh={refresh} must be 1 step or more")
     keys = by_row(key, B)
     reveal = revealer(show, law, mask_id, T)
-    of = jnp.arange(T) // block
+    of, since = jnp.arange(T) // block, begins(tokens, mask_id)
 
     def at_work(tokens):
         return jnp.where(tokens == mask_id, of[None], T // block).min()
@@ -157,7 +187,7 @@ def refreshed(
         mine = taken(tokens, at, -1)
         opened = mine == mask_id
         new = reveal(keys, steps, jnp.full(B, number), at, logits, mine, opened)
-        found = _shown(tokens, shown, at, new, steps, mask_id, end)
+        found = _shown(tokens, shown, at, new, steps, mask_id, end, since)
         return found, number + 1, (steps + opened.any(1), calls + 1)
 
     def between(now, cache):
@@ -210,13 +240,13 @@ def taken(x: Int[Array, "B T"], at: Int[Array, "B R"], beyond: int) -> Int[Array
     return jnp.where((at >= 0) & (at < T), found, beyond)
 
 
-def _shown(tokens, shown, at, new, steps, mask_id: int, end: int | None):
+def _shown(tokens, shown, at, new, steps, mask_id: int, end: int | None, since):
     """The canvas with `new` tokens at these places, and when each of all was shown."""
     row = jnp.arange(len(at))[:, None]
     found = tokens.at[row, at].set(new, mode="drop")
     if end is not None:  # Of rows that take a step: the others are as they would be alone.
         some = (tokens[row, at] == mask_id).any(1, keepdims=True)
-        found = jnp.where(some, closed(found, end, mask_id), found)
+        found = jnp.where(some, closed(found, end, mask_id, since), found)
     changed: Bool[Array, "B T"] = (found != tokens) & (tokens == mask_id)
     return found, jnp.where(changed, steps[:, None], shown)
 

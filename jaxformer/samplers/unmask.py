@@ -114,8 +114,8 @@ class Bound(Show):
 
     def pick(self, step: Step) -> Bool[Array, " T"]:
         """Marks them."""
-        entropy = jnp.where(step.open, -_rank(step, "entropy"), jnp.inf)
-        order = jnp.argsort(entropy)
+        entropy = -_rank(step, "entropy")
+        order = _order(entropy, step.open)
         sums = jnp.cumsum(entropy[order])
         kept = jnp.concatenate([jnp.ones(1, bool), sums[:-1] <= self.nats])
         return jnp.zeros(len(order), bool).at[order].set(kept) & step.open
@@ -190,14 +190,16 @@ def sample(
     """Fills what is masked.
 
     Args:
-      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`; see `guided`.
+      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`; see `guided`. The
+        share is that of the whole canvas, what is given included.
       tokens: what is given, and `mask_id` where it is to be filled.
       key: one for all, or one for each row `[B]`, see `autoregressive.by_row`.
       mask_id: the token that says "masked"; it is never drawn.
       show: which are shown in a step.
       law: what is made of the logits before one draws; penalties for repetition are none.
       block: if given, blocks of so many tokens are filled one after the other.
-      end: if given, what follows a shown `end` becomes `end`, once all before it is shown.
+      end: if given, what follows a shown `end` becomes `end`, once all before it is shown;
+        those of a prompt, before the first mask, end nothing.
       most: of steps, after which what is masked stays; no bound if not given.
 
     Raises:
@@ -209,6 +211,7 @@ def sample(
     check(tokens, mask_id, size, law)
     keys = by_row(key, B)
     of, at = jnp.arange(T) // size, jnp.broadcast_to(jnp.arange(T), (B, T))
+    since = begins(tokens, mask_id)
     reveal = revealer(show, law, mask_id, T)
 
     def go_on(carry):
@@ -231,7 +234,7 @@ def sample(
         steps = jnp.full(B, step)
         share = jax.vmap(told)(keys, steps, number, tokens, opened, last)
         new = reveal(keys, steps, number, at, denoise(tokens, share), tokens, opened)
-        new = new if end is None else closed(new, end, mask_id)
+        new = new if end is None else closed(new, end, mask_id, since)
         shown = jnp.where((new != tokens) & masked, step, shown)
         return (new, shown), (first, number + 1, share), step + 1
 
@@ -287,9 +290,20 @@ def revealer(show: Show, law: Law, mask_id: int, length: int) -> Callable[..., A
     return jax.vmap(row)
 
 
-def closed(tokens: Int[Array, "B T"], end: int, mask_id: int) -> Int[Array, "B T"]:
-    """With `end` in the place of every mask after an `end` before which nothing is masked."""
+def begins(tokens: Int[Array, "B T"], mask_id: int) -> Int[Array, " B"]:
+    """Where the first mask of each row stands: an `end` before it ends no text."""
+    return jnp.argmax(tokens == mask_id, 1)
+
+
+def closed(
+    tokens: Int[Array, "B T"], end: int, mask_id: int, since: Int[Array, " B"]
+) -> Int[Array, "B T"]:
+    """With `end` in the place of every mask after an `end` before which nothing is masked.
+
+    Those that stand before `since` are a prompt's, which may have some.
+    """
     before = jnp.cumsum(tokens == mask_id, 1) == 0
+    before &= jnp.arange(tokens.shape[1])[None] >= since[:, None]
     over = jnp.cumsum((tokens == end) & before, 1) > 0
     return jnp.where(over & (tokens == mask_id), end, tokens)
 
@@ -312,9 +326,17 @@ def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: i
 
 def _first(count, score, open: Bool[Array, " T"]) -> Bool[Array, " T"]:
     """Marks the `count` open ones of the greatest score; ties go to the first."""
-    order = jnp.argsort(jnp.where(open, -score, jnp.inf))
+    order = _order(-score, open)
     rank = jnp.zeros(len(order), jnp.int32).at[order].set(jnp.arange(len(order)))
     return open & (rank < count)
+
+
+def _order(cost: Float[Array, " T"], open: Bool[Array, " T"]) -> Int[Array, " T"]:
+    """Places by rising cost; what is not open last, and before it what costs no number.
+
+    So that of a model that gives none, too, a token is shown in every step.
+    """
+    return jnp.lexsort((jnp.where(jnp.isnan(cost), jnp.inf, cost), ~open))
 
 
 def _rank(step: Step, by: Rank) -> Float[Array, " T"]:

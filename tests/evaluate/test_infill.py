@@ -13,6 +13,8 @@ from evaluate.run import Trained
 from jaxformer.data.tokenizer import Bytes
 from jaxformer.errors import InputError
 from jaxformer.models.decoder import Decoder
+from jaxformer.models.mdlm import denoiser
+from jaxformer.samplers.unmask import sample
 from jaxformer.sharding import FSDP_TENSOR, make_mesh
 from tests.data.texts import Texts
 from tests.layers.test_block import randomized
@@ -86,6 +88,25 @@ def test_what_is_hidden_is_the_same_for_all():
     assert len(dataclasses.replace(HOLES, count=1).holes()) == 1
 
 
+@pytest.mark.parametrize("before", [0.5, 1.0])
+def test_a_hole_begins_where_a_block_does_if_the_file_has_room(before):
+    task = dataclasses.replace(HOLES, mask_id=MASK, before=before)
+    for align in (5, 16):
+        aligned = dataclasses.replace(task, align=align)
+        aligned.check()
+        for hole in task.holes():
+            moved = []
+            for spare in (0, 40):  # More of the file after the hole.
+                longer = hole._replace(ids=np.pad(hole.ids, (0, spare)))
+                canvas, at = aligned.canvas(longer)
+                truth = longer.ids[hole.start - at :][:64]
+                known = np.delete(np.arange(64), np.arange(at, at + 14))
+                np.testing.assert_array_equal(canvas[known], truth[known])
+                assert (canvas[at : at + 14] == MASK).all()
+                moved.append((task.canvas(longer)[1] - at, at % align))
+            assert min(moved)[0] >= 0 and max(moved)[0] < align and moved[1][1] == 0
+
+
 class Says(Infill):
     """Fills in what a function makes of the truth."""
 
@@ -129,6 +150,20 @@ def test_a_model_that_unmasks_fills_the_hole_alone(block):
         np.testing.assert_array_equal(ids, row[at : at + 14])
 
 
+def test_guesses_that_stand_one_token_before_are_taken_there():
+    task = dataclasses.replace(HOLES, mask_id=MASK, shift=True)
+    judged = trained(False)
+    found, _ = task.unmask(judged, task.holes())
+    canvases = jnp.asarray([task.canvas(hole)[0] for hole in task.holes()])
+    denoise = denoiser(judged.model, judged.params, shift=True)
+    how = {"mask_id": MASK, "show": task.show, "law": task.law}
+    expected = jax.jit(functools.partial(sample, denoise, **how))(canvases, jax.random.key(0))
+    np.testing.assert_array_equal(found, expected.tokens)
+    assert (
+        found != dataclasses.replace(task, shift=False).unmask(judged, task.holes())[0]
+    ).any()
+
+
 def test_a_model_of_the_next_token_goes_on_for_as_long():
     found = dataclasses.replace(HOLES, most=16).fill(trained(True))
     assert [len(ids) for _, ids in found] == [14, 14]
@@ -137,6 +172,8 @@ def test_a_model_of_the_next_token_goes_on_for_as_long():
 def test_what_does_not_fit_is_told():
     with pytest.raises(InputError, match="most=64 must be from 1 to 63"):
         dataclasses.replace(HOLES, most=64).check()
+    with pytest.raises(InputError, match="align=0 must be 1 token or more"):
+        dataclasses.replace(HOLES, align=0).check()
     with pytest.raises(InputError, match="block=5 must divide length=64"):
         dataclasses.replace(HOLES, block=5).check()
     with pytest.raises(InputError, match="no document of 64 tokens has a statement of 3"):

@@ -17,7 +17,7 @@ def side(kind):
     made = trained(kind == "decoder")
     task = HOLES if kind == "decoder" else dataclasses.replace(HOLES, mask_id=MASK)
     if kind == "blocks":
-        task = dataclasses.replace(task, block=infill.BLOCK, before=1.0)
+        task = dataclasses.replace(task, block=infill.BLOCK, before=1.0, align=infill.BLOCK)
     return Side(made.model, made.params, task, Bytes(), None)
 
 

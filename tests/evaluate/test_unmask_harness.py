@@ -11,10 +11,12 @@ import pytest
 from evaluate.run import Trained
 from evaluate.unmask_harness import UnmaskHarness
 from jaxformer.data.tokenizer import Bytes
+from jaxformer.errors import InputError
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.mdlm import denoiser
 from jaxformer.models.timed import TimedDecoder
-from jaxformer.objectives.unmask import exact
+from jaxformer.objectives.stages import Stages
+from jaxformer.objectives.unmask import Unmask, exact
 from jaxformer.sharding import FSDP_TENSOR, make_mesh
 from tests.layers.test_block import randomized
 
@@ -35,14 +37,19 @@ def judge(kind="plain", **options):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("plain"), pytest.param("told the time", marks=pytest.mark.slow)]
+    ("kind", "shift"),
+    [
+        ("plain", False),
+        ("plain", True),
+        pytest.param("told the time", False, marks=pytest.mark.slow),
+    ],
 )
-def test_a_likelihood_is_the_bound_of_what_follows_its_context(kind):
+def test_a_likelihood_is_the_bound_of_what_follows_its_context(kind, shift):
     """Over all sets of masked tokens, for a continuation of three."""
-    asked = judge(kind, samples=900)
+    asked = judge(kind, samples=900, shift=shift)
     (found, greedy), (other, _) = asked.loglikelihood([("ab", "cde"), ("zz", "cde")])
     ids = jnp.asarray([256, *b"abcde"])
-    denoise = denoiser(asked.trained.model, asked.trained.params)
+    denoise = denoiser(asked.trained.model, asked.trained.params, shift=shift)
 
     def with_context(tokens, share):
         rows = jnp.broadcast_to(ids[:3], (len(tokens), 3))
@@ -51,6 +58,26 @@ def test_a_likelihood_is_the_bound_of_what_follows_its_context(kind):
     bound = float(exact(with_context, ids[3:], mask_id=MASK))
     assert found == pytest.approx(-bound, rel=0.02) and found != other
     assert not greedy
+
+
+def test_padding_is_seen_by_nobody():
+    asked = judge()
+    model, params = asked.trained.model, asked.trained.params
+    tokens, real = jnp.asarray([[*b"abcde", 0, 0, 0]]), jnp.arange(8)[None] < 5
+    says = asked._says(model.apply, params, real.astype(jnp.int32))
+    alone = denoiser(model, params)(tokens[:, :5], jnp.ones(1))
+    np.testing.assert_allclose(says(tokens, jnp.ones(1))[:, :5], alone, atol=1e-5)
+
+
+def test_a_model_of_blocks_is_refused():
+    trained = judge().trained
+    for objective in (
+        Unmask(MASK, block=4),
+        Stages((Unmask(MASK), Unmask(MASK, block=4)), (1,)),
+    ):
+        blocks = dataclasses.replace(trained, objective=objective)
+        with pytest.raises(InputError, match="a model of block diffusion does not see"):
+            UnmaskHarness(blocks, Bytes(), 12, mask_id=MASK)
 
 
 @pytest.mark.slow

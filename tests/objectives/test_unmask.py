@@ -1,6 +1,8 @@
+import contextlib
 import functools
 import itertools
 import math
+import types
 
 import chex
 import flax.linen as nn
@@ -21,11 +23,9 @@ from jaxformer.objectives.unmask import (
     by_count,
     by_time,
     exact,
-    least_variance,
     loss,
     nats,
     two_streams,
-    variances,
 )
 from jaxformer.steps import init_state, train_step
 from tests.layers.test_block import randomized
@@ -155,6 +155,30 @@ def test_draws_have_the_bound_as_their_mean(draw):
     whole = float(exact(wrong, tokens[0], mask_id=MASK))
     error = float(rows.std()) / math.sqrt(len(rows))
     assert rows.mean() + end == pytest.approx(whole, abs=4 * error + N * 1e-3 * math.log(V))
+
+
+def test_below_the_floor_what_is_masked_weighs_as_one_step():
+    """And not 0, as if the first thousandth of time were no time."""
+    tokens, at = jnp.zeros((5_000, N), jnp.int32), jnp.array([5e-4, 2e-3, 0.5])
+    for time, weight in zip(at.tolist(), (1000, 500, 2), strict=True):
+        times_of = jnp.full((len(tokens), 1), time)
+        noisy = by_time(tokens, jax.random.key(0), mask_id=MASK, at=times_of, floor=1e-3)
+        hides = noisy.tokens == MASK
+        assert hides.any()
+        np.testing.assert_allclose(noisy.weight[hides], weight, rtol=1e-5)
+        np.testing.assert_allclose(noisy.share, max(time, 1e-3), rtol=1e-5)
+        assert (noisy.weight[~hides] == 0).all()
+
+
+def test_what_a_schedule_leaves_seen_at_its_end_is_told_by_the_pure_loss():
+    tokens = jnp.broadcast_to(jnp.array([0, 2, 1, 1])[None], (64, N))
+    for schedule in (Linear(), LogLinear(0.1)):
+        how = {"mask_id": MASK, "schedule": schedule}
+        found, _ = loss(wrong, tokens, jax.random.key(3), **how)
+        noisy = by_time(tokens, jax.random.key(3), **how)
+        each = nats(wrong(noisy.tokens, None), tokens, MASK) * noisy.weight
+        end = 0.1 * math.log(V) if schedule != Linear() else 0
+        chex.assert_trees_all_close(found, each.sum() / (64 * N) + end, rtol=1e-5)
 
 
 def test_the_pure_loss_is_the_same_estimate():
@@ -325,44 +349,19 @@ def test_prompts_and_padding_are_never_masked():
     assert run(params, batch, jax.random.key(0))["loss"].count == answer.sum()
 
 
-def test_the_clipped_schedule_of_least_variance_is_found():
-    """Of a model that knows what stands beside much that is seen, and else next to nothing."""
-    tokens, key = jnp.zeros((256, 16), jnp.int32), jax.random.key(0)
-
-    def guess(noisy, tokens):
-        share = (noisy == 9).mean(1, keepdims=True)
-        return jnp.broadcast_to(jnp.where(share > 0.5, 3.0, 0.5), noisy.shape)
-
-    def variance(low, high):
-        noisy = by_time(tokens, key, mask_id=9, schedule=Clipped(max(low, 1e-3), high))
-        return float((guess(noisy.tokens, tokens) * noisy.weight).mean(1).var())
-
-    found = least_variance(guess, tokens, key, mask_id=9, step=0.25)
-    ends = [0.0, 0.25, 0.5, 0.75, 1.0]
-    pairs = [(a, b) for a in ends for b in ends if b - a >= 0.5]
-    assert (found.low, found.high) == min(pairs, key=lambda pair: variance(*pair)) == (0.5, 1)
-    assert variance(0.5, 1.0) < variance(0.0, 1.0) / 2
-    told = variances(guess, tokens, key, mask_id=9, step=0.25)
-    for (low, high), schedule in zip(pairs, told, strict=True):
-        assert (schedule.low, schedule.high) == (max(low, 1e-3), high)
-        assert told[schedule] == pytest.approx(variance(low, high), rel=1e-4)
-    hidden = jnp.broadcast_to(jnp.arange(16) < 8, tokens.shape)
-    half = variances(guess, tokens, key, mask_id=9, hidden=hidden, width=1.0)
-    noisy = by_time(tokens, key, mask_id=9, schedule=Clipped(1e-3, 1.0), hidden=hidden)
-    each = (guess(noisy.tokens, tokens) * noisy.weight)[:, :8].mean(1)
-    assert half == {Clipped(1e-3, 1.0): pytest.approx(float(each.var()), rel=1e-4)}
-
-
 @pytest.mark.parametrize("block", [None, 2])
 def test_what_a_guess_costs_is_what_the_loss_weighs(block):
     tokens, params = case()
     objective = Unmask(11, block=block, shift=True, chunk=None)
     hidden = jnp.arange(8)[None].repeat(len(tokens), 0) > 0
     drawn, _ = jax.random.split(jax.random.key(0))
+    segments = jnp.where(jnp.arange(8) < 3, 1, 2)[None].repeat(len(tokens), 0)
+    batch = {"tokens": tokens, "segments": segments}
+    hidden &= jnp.arange(8)[None] != 3  # The first of the second text.
     noisy = by_time(tokens, drawn, mask_id=11, block=block, hidden=hidden)
-    each = jax.jit(objective.costs(MODEL.apply, params))(noisy.tokens, tokens)
+    each = jax.jit(objective.costs(MODEL.apply, params, batch))(noisy.tokens, tokens)
     run = jax.jit(functools.partial(objective.loss, MODEL.apply))
-    found, _ = run(params, {"tokens": tokens}, jax.random.key(0))
+    found, _ = run(params, batch, jax.random.key(0))
     wanted = (each * noisy.weight).sum() / hidden.sum()
     assert found == pytest.approx(float(wanted), rel=1e-5)
 
@@ -404,7 +403,42 @@ def test_what_does_not_fit_is_told(objective, model, message):
         objective.check(model, Pipeline(Text()))
 
 
+class Special:
+    """A tokenizer of 12 ids: 0 begins a text, and 11 is special."""
+
+    vocab, begin, end = 12, 0, None
+    lengths = np.array([0, *[1] * 10, 0])
+
+
+@pytest.mark.parametrize(("mask", "fits"), [(11, True), (10, False), (0, False)])
+def test_a_mask_that_the_tokenizer_has_is_no_text(mask, fits):
+    """Those of LLaDA and Dream have theirs, which no text holds."""
+    source = Text()
+    source.vocab = 12
+    source.tokens = types.SimpleNamespace(tokenizer=Special(), lengths=Special.lengths)
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="leaves no id"):
+        Unmask(mask).check(MODEL, Pipeline(source))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"samples": 0}, "objective.samples=0 must be 1 or more"),
+        ({"chunk": 0}, "objective.chunk=0 must be 1 or more"),
+        ({"block": 0}, "objective.block=0 must be 1 or more"),
+        ({"draw": "counts"}, "objective.draw='counts' must be time or count"),
+        ({"schedule": Clipped(0.3, 0.8), "draw": "count"}, "a Clipped schedule is of times"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told(fields, message, unchecked):
+    with pytest.raises(InputError, match=message):
+        Unmask(11, **fields)
+
+
 def test_blocks_that_do_not_divide_the_row_are_told():
+    for draw in (by_time, by_count):
+        with pytest.raises(InputError, match="block=3 must divide the row of 8 tokens"):
+            draw(jnp.zeros((2, 8), jnp.int32), jax.random.key(0), mask_id=11, block=3)
     tokens, params = case()
     with pytest.raises(InputError, match="block=3 must divide the row of 8 tokens"):
         Unmask(11, block=3).loss(MODEL.apply, params, {"tokens": tokens}, jax.random.key(0))

@@ -8,6 +8,7 @@ import pytest
 from jaxformer.errors import InputError
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.mdlm import Canvas, denoiser
+from jaxformer.models.timed import TimedDecoder
 from jaxformer.samplers.blocks import growing, refreshed
 from jaxformer.samplers.logits import GREEDY
 from jaxformer.samplers.unmask import Above, Count, sample
@@ -81,6 +82,22 @@ def test_a_growing_cache_draws_what_no_cache_draws(name, options):
     """Each row at its own block, and blocks that are given in the middle."""
     plain = made(sample, name, blocks=True, **options)(canvases(), KEYS)
     check_equal(made(growing, name, blocks=True, **options)(canvases(), KEYS), plain)
+
+
+def test_a_filled_block_is_kept_by_the_call_that_begins_the_next():
+    """Nine of twenty tokens are given: a call for the first block, two for each of the last
+    three, of which the first keeps the block before it."""
+    found = made(growing, blocks=True, show=Count(2))(canvases()[3:4], KEYS[3:4])
+    assert found.steps == 1 + 2 * 3
+    assert (found.shown[0, 9:] <= 5).all() and found.shown.max() == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [BLOCK, 2 * BLOCK])
+def test_a_canvas_of_a_block_or_two_needs_none_before_it(length):
+    tokens, keys = canvases()[:2, :length], KEYS[:2]
+    plain = made(sample, blocks=True, shift=True, **HOW)(tokens, keys)
+    check_equal(made(growing, blocks=True, shift=True, **HOW)(tokens, keys), plain)
 
 
 @pytest.mark.parametrize(
@@ -165,3 +182,41 @@ def test_what_cannot_be_is_told():
         made(refreshed, show=Count(1), refresh=0)(canvases(), KEYS)
     with pytest.raises(InputError, match="block=4 must divide the canvas of 18 tokens"):
         made(growing, blocks=True, show=Count(1))(canvases()[:, :18], KEYS)
+
+
+@pytest.mark.parametrize("how", [growing, functools.partial(refreshed, keep="before")])
+def test_a_canvas_as_long_as_the_model_is_drawn_with_a_shift_too(how):
+    model = trained("rotary")[0].clone(positions="learned", length=T)
+    tokens = canvases()[3:4]
+    drawn = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = jax.tree.map(lambda x: 2 * x, randomized(drawn, jax.random.key(1)))
+    options = {"mask_id": MASK, "show": Count(2), "block": BLOCK, "law": GREEDY}
+    block = BLOCK if how is growing else None
+    canvas = Canvas(model, {"params": params}, True, block)
+    found = jax.jit(functools.partial(how, canvas, **options))(tokens, KEYS[3:4])
+    assert (found.tokens != MASK).all()
+    if how is growing:
+        plain = denoiser(model, params, shift=True, block=BLOCK)
+        expected = jax.jit(functools.partial(sample, plain, **options))(tokens, KEYS[3:4])
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_an_end_in_a_prompt_ends_nothing():
+    end = int(canvases()[3, 0])
+    how = {"show": Count(2), "law": GREEDY, "end": end}
+    for run, more in ((growing, {"blocks": True}), (refreshed, {"refresh": 1})):
+        found = made(run, "rotary", **how, **more)(canvases(), KEYS)
+        expected = made(sample, "rotary", **how, **({} if run is refreshed else more))
+        check_equal(found, expected(canvases(), KEYS))
+        assert (found.tokens[3, 9:] != end).any(), "nine are given"
+
+
+def test_a_model_that_is_told_the_time_has_no_cache():
+    model = TimedDecoder(V, 16, 2, 24, 4, causal=False, condition=4)
+    with pytest.raises(InputError, match="a TimedDecoder is told one share for all tokens"):
+        growing(
+            Canvas(model, {"params": {}}), canvases(), KEYS,
+            mask_id=MASK, show=Count(2), block=BLOCK,
+        )  # fmt: skip
+    with pytest.raises(InputError, match="a TimedDecoder is told one share for all tokens"):
+        denoiser(model, {}, block=BLOCK)

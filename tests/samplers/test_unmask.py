@@ -196,6 +196,47 @@ def test_nothing_follows_the_end():
     assert made.tokens[0].tolist() == [0, 1, 2, 5] + [5] * 8 and made.steps == 3
 
 
+def test_an_end_in_a_prompt_ends_nothing_and_one_that_is_early_waits():
+    tokens = jnp.array([[5, 1, 6, 6, 6, 6, 6]])
+    run = functools.partial(sample, mask_id=6, law=GREEDY, end=5)
+    made = run(peaked, tokens, jax.random.key(0), show=Count(12))
+    assert made.tokens[0].tolist() == [5, 1, 2, 3, 4, 0, 1]
+
+    def backwards(tokens, share):
+        """The surest is the last but one, an end, and the next ends too."""
+        ids = jnp.array([0, 1, 2, 5, 4, 5, 1])
+        logits = jax.nn.one_hot(ids, 7) * (1.0 + jnp.array([1.0, 1, 1, 3, 0.5, 4, 0]))[:, None]
+        return jnp.broadcast_to(logits, (*tokens.shape, 7))
+
+    made = run(backwards, jnp.full((1, 7), 6), jax.random.key(0), show=Count(7))
+    assert made.tokens[0].tolist() == [0, 1, 2, 5, 5, 5, 5]
+    assert made.shown[0, 5] == 0 and made.shown[0, 3] == 1 and made.shown[0, 6] > 1
+
+
+SHOWS = [Count(4), Count(4, "margin"), Count(4, "entropy"), Above(0.9), Bound(0.1)]
+
+
+@pytest.mark.parametrize("show", SHOWS, ids=str)
+def test_a_model_that_gives_no_numbers_does_not_go_on_for_ever(show):
+    tokens = jnp.array([[1, 2, 6, 6, 6, 6]])
+    nothing = lambda tokens, share: jnp.full((*tokens.shape, 7), jnp.nan)  # noqa: E731
+    made = sample(nothing, tokens, jax.random.key(0), mask_id=6, show=show, most=50)
+    assert made.steps <= 4 and (made.tokens[0] != 6).all()
+
+
+def test_a_bound_of_entropy_shows_as_many_as_fit_into_it():
+    """Entropies rise with the place; the first is shown whatever it is."""
+    logits = jax.nn.one_hot(jnp.arange(12) % 5, 7) * (8.0 - 0.5 * jnp.arange(12))[:, None]
+    logits = jnp.where(jnp.arange(7) == 6, -jnp.inf, logits)
+    entropies = np.asarray(jax.scipy.special.entr(jax.nn.softmax(logits)).sum(-1))
+    nats = float(entropies[:4].sum() + 1e-4)
+    made = sample(
+        lambda tokens, share: jnp.broadcast_to(logits, (*tokens.shape, 7)),
+        jnp.full((1, 12), 6), jax.random.key(0), mask_id=6, show=Bound(nats), law=GREEDY,
+    )  # fmt: skip
+    assert (made.shown[0] == 0).sum() == 5, "the sum before the fifth is that of four"
+
+
 def test_guidance_of_none_is_none_and_more_is_more():
     tokens = jnp.array([[0, MASK, MASK]])
     given = tokens != MASK

@@ -4,9 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxformer.convert import parts
 from jaxformer.convert.config import (
     activation_of,
@@ -160,27 +157,16 @@ def _entries(kind: str, model: Any) -> list[Entry]:
     return found
 
 
-def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
-    embed = model.embed
-    rows, columns = (n * embed.patch for n in embed.position.shape)
-    return [jax.ShapeDtypeStruct((1, rows, columns, embed.channels or 3), jnp.float32)]
-
-
-def _spell(kind: str, model: Any, name: str) -> str:
-    """A model without a classifier has its tensors without the prefix."""
-    return name if model.num_classes else name.removeprefix(f"{kind}.")
-
-
 def _family(kind: str) -> Family:
     return Family(
         name=kind,
         model=functools.partial(_model, kind),
         config=functools.partial(_config, kind),
         entries=functools.partial(_entries, kind),
-        inputs=_inputs,
+        inputs=lambda model: [parts.image(model.embed)],
         rename=(*_MEMORY, (rf"^(?!{kind}\.|classifier)", f"{kind}.")),
         unpack=_joined,
-        spell=functools.partial(_spell, kind),
+        spell=functools.partial(parts.bare, kind),
     )
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from jaxformer.errors import InputError
 
@@ -159,7 +157,24 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
     return found
 
 
+def library() -> Any:
+    """The safetensors library, in an extra of its own.
+
+    Raises:
+      InputError: it is not installed.
+    """
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise InputError(
+            'files of the hub need safetensors; run pip install "jaxformer[hf]"'
+        ) from None
+    return safetensors
+
+
 def _open(path: pathlib.Path) -> dict[str, Stored]:
+    safetensors = library()
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names = set(file.keys())
@@ -192,6 +207,7 @@ def write(
 
     What is there under these names is replaced only once all is written.
     """
+    safetensors = library()
     directory.mkdir(parents=True, exist_ok=True)
     before = DIFFUSERS if "_class_name" in config else ""
     whole, index = directory / (before + WEIGHTS), directory / (before + INDEX)

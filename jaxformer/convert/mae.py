@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxformer.convert import parts, vit
 from jaxformer.convert.config import name_of, number, pair
@@ -117,9 +116,7 @@ def _entries(model: Any) -> list[Entry]:
 
 def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
     encoder = model.encoder if isinstance(model, Autoencoder) else model
-    embed = encoder.embed.embed
-    rows, columns = (n * embed.patch for n in embed.position.shape)
-    return [jax.ShapeDtypeStruct((1, rows, columns, embed.channels or 3), jnp.float32)]
+    return [parts.image(encoder.embed.embed)]
 
 
 def _spell(model: Any, name: str) -> str:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxformer.convert.engine import Entry
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.block import Block, Mlp, Stack
@@ -24,6 +27,17 @@ def is_plain(model: Any) -> bool:
         and type(block.attention) is Attention
         and type(block.mlp) is Mlp
     )
+
+
+def image(embed: Any) -> jax.ShapeDtypeStruct:
+    """One image of the size for which positions of patches are made."""
+    rows, columns = (n * embed.patch for n in embed.position.shape)
+    return jax.ShapeDtypeStruct((1, rows, columns, embed.channels or 3), jnp.float32)
+
+
+def bare(kind: str, model: Any, name: str) -> str:
+    """A model without a classifier has its tensors without the prefix."""
+    return name if model.num_classes else name.removeprefix(f"{kind}.")
 
 
 def linear(ours: str, theirs: str, bias: bool = True, **entry) -> list[Entry]:

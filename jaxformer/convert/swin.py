@@ -1,6 +1,7 @@
 """Swin of transformers: `SwinForImageClassification` and `SwinModel`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -172,10 +173,6 @@ def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((1, side, side, embed.channels or 3), jnp.float32)]
 
 
-def _spell(model: Any, name: str) -> str:
-    return name if model.num_classes else name.removeprefix("swin.")
-
-
 SWIN = Family(
     name="swin",
     model=_model,
@@ -193,5 +190,5 @@ SWIN = Family(
         (r"^(?!swin\.|classifier)", "swin."),
     ),
     ignore=(r"\.relative_position_index$", r"embeddings\.mask_token$"),
-    spell=_spell,
+    spell=functools.partial(parts.bare, "swin"),
 )

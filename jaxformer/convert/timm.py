@@ -7,9 +7,6 @@ cut away.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxformer.convert import parts
 from jaxformer.convert.config import number, pair
 from jaxformer.convert.engine import Entry, Family
@@ -260,10 +257,10 @@ def _pool(path: str, heads: int) -> list[Entry]:
     return found
 
 
-def _inputs(model: Any) -> list[jax.ShapeDtypeStruct]:
-    embed = model.embed
-    rows, columns = (n * embed.patch for n in embed.position.shape)
-    return [jax.ShapeDtypeStruct((1, rows, columns, embed.channels or 3), jnp.float32)]
-
-
-TIMM = Family(name="timm", model=_model, config=_config, entries=_entries, inputs=_inputs)
+TIMM = Family(
+    name="timm",
+    model=_model,
+    config=_config,
+    entries=_entries,
+    inputs=lambda model: [parts.image(model.embed)],
+)

@@ -151,7 +151,7 @@ def _spell(kind: str, model: Any, name: str) -> str:
     if kind == "videomae":
         name = name.replace("attention.query.bias", "attention.q_bias")
         name = name.replace("attention.value.bias", "attention.v_bias")
-    return name if model.num_classes else name.removeprefix(f"{kind}.")
+    return parts.bare(kind, model, name)
 
 
 def _family(kind: str, model: Any) -> Family:

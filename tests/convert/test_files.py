@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -202,3 +203,10 @@ def test_the_command_tells_and_writes(saved, tmp_path, capsys):
     assert weights(tmp_path / "out").keys() == weights(saved).keys()
     assert command.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_the_library_the_command_names_the_extra(monkeypatch, saved, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert command.main([str(saved)]) == 2
+    said = capsys.readouterr().err
+    assert 'need safetensors; run pip install "jaxformer[hf]"' in said and said.count("\n") == 1

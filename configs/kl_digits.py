@@ -3,7 +3,7 @@
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, 360 of them held out; no download.
 Model: the autoencoder of latent diffusion (arXiv 2112.10752) of 157,007 parameters.
 Expected: the squared error of a held-out pixel, which has variance 0.56, is 0.047
-(`test/error`); 96 CPU seconds. The other commands keep the latents, which ldm_digits.py
+(`test/error`); 98 CPU seconds. The other commands keep the latents, which ldm_digits.py
 learns from, and tell the scale that would give them variance 1, which is 0.92. Commands:
     python -m train configs/kl_digits.py
     python -m evaluate.latents configs/kl_digits.py train runs/kl_digits/train.array_record

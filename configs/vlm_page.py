@@ -80,5 +80,5 @@ def page(letters: int) -> Experiment:
 
 
 def experiment() -> Experiment:
-    """About two minutes on two CPU cores."""
+    """About three minutes on two CPU cores."""
     return page(4)

@@ -12,5 +12,5 @@ from jaxformer.experiment import Experiment
 
 
 def experiment() -> Experiment:
-    """About two minutes on two CPU cores."""
+    """About three minutes on two CPU cores."""
     return page(16)

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxformer import checkpoint, hosts
-from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.lora import Lora
 from jaxformer.metrics import Confusion
@@ -46,13 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     from evaluate.stablehlo import artefact
 
     if args.export:
-        save = saver()
+        from jaxformer import convert
+
+        convert.files.library()  # What it lacks is told before a checkpoint is read.
         _, _, params = restored(experiment, args.checkpoint, args.step)
         model = experiment.model
         if isinstance(model, Lora):
             model, params = model.model, model.merged(params)
         with writing():
-            save(args.export, model, params)
+            convert.save(args.export, model, params)
         print(f"{args.export}: written")
         return 0
     if args.stablehlo:
@@ -77,15 +78,6 @@ def main(argv: list[str] | None = None) -> int:
                 path = confusion_picture(confusion, pictures / f"{name}_confusion")
                 print(f"confusion: {path}")
     return 0
-
-
-def saver():
-    """`convert.save`; what it needs is no part of what evaluation needs."""
-    try:
-        from jaxformer.convert import save
-    except ImportError:
-        raise InputError('--export needs safetensors; pip install "jaxformer[hf]"') from None
-    return save
 
 
 def as_json(found: dict) -> dict:

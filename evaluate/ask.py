@@ -7,7 +7,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from evaluate.greedy import likeliest
 from evaluate.run import Trained, restored, trained
 from jaxformer.data.images import Decode, resized
 from jaxformer.data.loader import Pipeline
-from jaxformer.data.scenes import END, IMAGE, WORDS, Ask, encode
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.program import entry
@@ -24,44 +23,77 @@ from jaxformer.program import entry
 STEPS = 8  # words of the longest answer.
 
 
+@runtime_checkable
+class Asks(Protocol):
+    """The last transform of what a model is evaluated with that is asked about images.
+
+    Such as `data.scenes.Ask`.
+    """
+
+    @property
+    def end(self) -> int:
+        """The id that closes an answer."""
+        ...
+
+    def prompt(self, question: str) -> list[int]:
+        """The ids that an answer follows, those of the image among them."""
+        ...
+
+    def word(self, token: int) -> str:
+        """How an id of an answer reads."""
+        ...
+
+
 def asker(trained: Trained, test: Pipeline) -> Callable[[np.ndarray, str], Iterator[str]]:
     """Who gives the words of the likeliest answer to a question, one after the other.
 
-    It is called with an image `[Y, X, 1]`, uint8 or float32 in [0, 1], bright digits on black,
-    and a question in the words of the scenes. What one question has compiled serves all whose
-    prompt, filled up to a multiple of 8 tokens, is as long.
+    It is called with an image as the pipeline's source has them (of scenes `[Y, X, 1]`, uint8
+    or float32 in [0, 1], bright digits on black) and a question. What one question has
+    compiled serves all whose prompt, filled up to a multiple of 8 tokens, is as long.
 
     Args:
       trained: a `models.vlm.VLM` and its parameters.
-      test: a pipeline as the model was evaluated with, which ends in `data.scenes.Ask`.
+      test: a pipeline as the model was evaluated with, which ends in one that `Asks`.
     """
-    *before, ask = test.transforms
-    if not isinstance(ask, Ask):
-        raise InputError(f"the transforms end in {type(ask).__name__}; they must end in Ask")
+    before, ask = test.transforms[:-1], asks(test)
     draw = likeliest(trained.model, trained.params, STEPS)
 
     def answer(image: np.ndarray, question: str) -> Iterator[str]:
         record: dict[str, Any] = {"image": image, "source": "the image"}
         for transform in before:
             record = transform(record)
-        prompt = [IMAGE] * ask.places + asked(question)
-        for word in draw(prompt, record["image"]):
-            if word == END:
+        for token in draw(asked(ask, question), record["image"]):
+            if token == ask.end:
                 return
-            yield WORDS[word]
+            yield ask.word(token)
 
     return answer
 
 
-def asked(question: str) -> list[int]:
-    """The ids of a question.
+def asks(test: Pipeline) -> Asks:
+    """The transform by which a pipeline asks.
 
     Raises:
-      InputError: it is empty, or in other words than those of the scenes.
+      InputError: it has none.
+    """
+    last = test.transforms[-1] if test.transforms else None
+    if not isinstance(last, Asks):
+        raise InputError(
+            f"the transforms end in {type(last).__name__}; they must end in one that has end, "
+            "prompt and word, as data.scenes.Ask"
+        )
+    return last
+
+
+def asked(ask: Asks, question: str) -> list[int]:
+    """The ids of a question and its image.
+
+    Raises:
+      InputError: it is empty, or in words that the model does not know.
     """
     if not question.strip():
         raise InputError("the question is empty; ask something")
-    return encode(question)
+    return ask.prompt(question)
 
 
 def read(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -123,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     experiment = load(args.config, args.overrides)
     task = asking(experiment, args.config)
     image = read(args.image, task.test.source.size)
-    asked(args.question)  # Before the checkpoint is read.
+    asked(asks(task.test), args.question)  # Before the checkpoint is read.
     _, made, params = restored(experiment, args.checkpoint)
     answer = asker(trained(experiment, made, params), task.test)
     for word in answer(image, args.question):

@@ -13,10 +13,11 @@ from evaluate.features import Features, pooled
 from evaluate.generate import Records
 from evaluate.run import Trained, restored
 from evaluate.run import trained as of_run
-from jaxformer import checkpoint
+from jaxformer import checkpoint, convert
 from jaxformer.data.loader import Pipeline
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.sharding import FSDP_TENSOR
 
 
 @runtime_checkable
@@ -95,9 +96,6 @@ class Converted:
 
     def load(self, mesh: Any) -> tuple[Trained, tuple[Callable, ...]]:
         """The model."""
-        from jaxformer import convert  # Needs safetensors.
-        from jaxformer.sharding import FSDP_TENSOR
-
         model, params = convert.load(self.path, mesh=mesh)
         found = Trained(model.apply, params, mesh, FSDP_TENSOR, model=model)
         return found, self.transforms

@@ -18,6 +18,7 @@ from jaxformer import checkpoint, metrics, sharding
 from jaxformer.data.loader import Pipeline, eval_batches, to_mesh
 from jaxformer.errors import InputError
 from jaxformer.experiment import Experiment, arguments, describe, differences
+from jaxformer.lora import plain
 from jaxformer.setup import Setup, setup
 
 
@@ -248,9 +249,8 @@ def _pipelines(experiment: Experiment) -> Iterator[Pipeline]:
 def check(experiment: Experiment) -> None:
     """Raises InputError where data does not fit the objective or cannot be read at all."""
     check = getattr(experiment.objective, "check", lambda model, pipeline: None)
-    check(experiment.model, experiment.data)
-    for pipeline in experiment.evals.values():
-        check(experiment.model, pipeline)
+    for pipeline in (experiment.data, *experiment.evals.values()):
+        check(plain(experiment.model), pipeline)
     for pipeline in (experiment.data, *_pipelines(experiment)):
         getattr(pipeline.source, "check", lambda: None)()
     for task in (*experiment.tasks.values(), *experiment.pictures.values()):
@@ -260,8 +260,11 @@ def check(experiment: Experiment) -> None:
 
 
 def check_inputs(experiment: Experiment, made: Setup) -> None:
-    """Raises InputError where the model does not take what an eval has; computes nothing."""
-    size = rows(experiment.eval_batch_size, made.batch_ways)
+    """Raises InputError where the model does not take what an eval has; computes nothing.
+
+    So too where the metric that checkpoints are kept by is none of them.
+    """
+    size, known = rows(experiment.eval_batch_size, made.batch_ways), []
     measure = functools.partial(experiment.objective.measure, experiment.model.apply)
     for name, pipeline in experiment.evals.items():
         batch = {
@@ -270,16 +273,24 @@ def check_inputs(experiment: Experiment, made: Setup) -> None:
         }
         try:
             with sharding.use(made.mesh, made.rules):
-                jax.eval_shape(measure, made.state.params, batch, jax.random.key(0))
+                found = jax.eval_shape(measure, made.state.params, batch, jax.random.key(0))
         except (ValueError, TypeError, flax.errors.FlaxError) as error:
             own = (batch[key] for key in experiment.objective.inputs)
-            found, learned = (
+            given, learned = (
                 ", ".join(str(tuple(x.shape)) for x in some) for some in (own, made.inputs)
             )
             raise InputError(
                 f"evals.{name}: the model, which learns from inputs of {learned}, does not "
-                f"take {found}: {str(error).splitlines()[0]}"
+                f"take {given}: {str(error).splitlines()[0]}"
             ) from error
+        nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), found)
+        known += [f"{name}/{key}" for key in scalars(nothing)]
+    metric = experiment.keep.metric.removeprefix("-")
+    if experiment.evals and experiment.keep.best and metric not in known:
+        raise InputError(
+            f"keep.metric={metric} is not measured; choose one of {', '.join(known)}, or set "
+            "keep.best=0"
+        )
 
 
 def scalars(found: metrics.Metrics) -> dict[str, float]:

@@ -32,8 +32,8 @@ class Keep:
     metric: str = "test/top1"  # EVALUATION/METRIC; -EVALUATION/METRIC: less is better.
 
     def __post_init__(self):
-        _at_least(1, every=self.every, last=self.last)
-        _at_least(0, best=self.best)
+        _at_least(1, **{"keep.every": self.every, "keep.last": self.last})
+        _at_least(0, **{"keep.best": self.best})
 
 
 @runtime_checkable
@@ -304,7 +304,7 @@ def _replace(node, names, text, path):
             known = "it is a value"
         raise InputError(f"{path}: {kind} has no field {name!r}; {known}")
     old = children[name]
-    new = _replace(old, rest, text, path) if rest else _parse(text, node, name, path)
+    new = _replace(old, rest, text, path) if rest else _parse(text, node, name, old, path)
     if isinstance(node, dict):
         return {**node, name: new}
     if isinstance(node, tuple):
@@ -312,13 +312,17 @@ def _replace(node, names, text, path):
     return dataclasses.replace(node, **{name: new})
 
 
-def _parse(text, node, name, path):
+def _parse(text, node, name, old, path):
     try:
         new = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         new = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     hints = typing.get_type_hints(type(node)) if dataclasses.is_dataclass(node) else {}
     hint = hints.get(name, Any)
+    if hint is Any and dataclasses.is_dataclass(old):
+        inner = next(iter(_children(old)), None)
+        remedy = f"set its fields, such as {path}.{inner}" if inner else "the config makes it"
+        raise InputError(f"{path}: is a {type(old).__name__}, and no {text!r}; {remedy}")
     for value in (new, float(new) if type(new) is int else new, (new,), text, (text,)):
         if _fits(value, hint):
             return value
@@ -344,7 +348,9 @@ def _fits(value, hint) -> bool:
         return value is None
     if hint in (int, float):
         return type(value) is hint
-    return isinstance(hint, type) and isinstance(value, hint)
+    # What a literal makes is of a plain type, though it may have a protocol's methods too.
+    plain = isinstance(hint, type) and hint.__module__ == "builtins"
+    return plain and isinstance(value, hint)
 
 
 def _spell(hint) -> str:

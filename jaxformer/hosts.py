@@ -1,12 +1,14 @@
 """Many processes that run one program: how they join, agree, and share a batch.
 
-On a TPU pod, under SLURM and under Open MPI JAX finds the others by itself; anywhere else
+On Cloud TPUs, under SLURM and under Open MPI JAX finds the others by itself; anywhere else
 they are told by hand. See docs/pods.md.
 """
 
 import argparse
 import dataclasses
+import glob
 import hashlib
+import importlib.util
 import os
 import pathlib
 import socket
@@ -23,6 +25,7 @@ from jaxformer.errors import InputError
 # After so many seconds without a sign of life a process is taken for dead by the others.
 HEARTBEAT = 30
 _NAME = 64  # bytes of a host's name that are told.
+_NOBODY = "coordinator_address should be defined"  # JAX, where it finds nothing to join.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +43,20 @@ def join(by_hand: Together | None = None) -> None:
     Raises:
       InputError: the others were not found, or the numbers do not fit.
     """
-    if by_hand is not None:
-        if not 0 <= by_hand.process < by_hand.processes:
-            raise InputError(
-                f"--process {by_hand.process} must be from 0 to {by_hand.processes - 1}, as "
-                f"there are --processes {by_hand.processes}"
-            )
-        options = dataclasses.astuple(by_hand)
-    elif not _several():
+    if by_hand is not None and not 0 <= by_hand.process < by_hand.processes:
+        raise InputError(
+            f"--process {by_hand.process} must be from 0 to {by_hand.processes - 1}, as "
+            f"there are --processes {by_hand.processes}"
+        )
+    told = _told() if by_hand is None else by_hand.processes
+    if by_hand is None and (told == 1 or (told is None and not _on_a_tpu())):
         return
-    else:
-        options = ()
+    options = () if by_hand is None else dataclasses.astuple(by_hand)
     try:
         jax.distributed.initialize(*options, heartbeat_timeout_seconds=HEARTBEAT)
     except Exception as error:
+        if told is None and _NOBODY in str(error):
+            return
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"the other processes were not found ({reason}); start the same command on every "
@@ -61,13 +64,22 @@ def join(by_hand: Together | None = None) -> None:
         ) from error
 
 
-def _several() -> bool:
-    """Whether the surroundings say that this is one process of several."""
-    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    if any(int(os.environ.get(name, "1")) > 1 for name in counts):
-        return True
-    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in names and " " not in names  # Without a TPU, libtpu may put a sentence there.
+def _told() -> int | None:
+    """How many processes the surroundings speak of at the least; None where they do not."""
+    counts = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    told = [int(os.environ[name]) for name in counts if os.environ.get(name)]
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):  # Of GKE.
+        addresses = os.environ.get(name, "")
+        if addresses and " " not in addresses:  # Else it is a sentence of libtpu's.
+            told.append(addresses.count(",") + 1)
+    return max(told, default=None)
+
+
+def _on_a_tpu() -> bool:
+    """Whether JAX may find TPUs here; it then asks the machine's metadata for other hosts."""
+    wanted = "tpu" in (getattr(jax.config, "jax_platforms", None) or "tpu")
+    chips = any(glob.glob(pattern) for pattern in ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*"))
+    return wanted and chips and importlib.util.find_spec("libtpu") is not None
 
 
 def agree(**facts: str) -> None:

@@ -44,6 +44,12 @@ def test_overrides_reach_every_part(digits):
         ("steps=1.5", "steps: expected int, got '1.5'"),
         ("model.pool=mean", "model.pool: expected cls or tok or gap or map, got 'mean'"),
         ("ema=yes", "ema: expected float | None, got 'yes'"),
+        (
+            "evals.test=3",
+            "is a Pipeline, and no '3'; set its fields, such as evals.test.source",
+        ),
+        ("data.source=x", "data.source: expected RandomAccessDataSource, got 'x'"),
+        ("objective=x", "objective: expected Objective, got 'x'"),
         ("steps", "'steps' must be NAME=VALUE, such as steps=500"),
     ],
 )
@@ -103,10 +109,18 @@ def test_loading_leaves_no_module_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "assignment", ["steps=0", "keep.every=0", "eval_every=0", "accumulate=0", "ema=2.0"]
+    "assignment",
+    [
+        "steps=0",
+        "keep.every=0",
+        "eval_every=0",
+        "accumulate=0",
+        "ema=2.0",
+        "objective.smoothing=2.0",
+    ],
 )
 def test_numbers_out_of_range_are_named(assignment, digits):
-    with pytest.raises(InputError, match=assignment.removeprefix("keep.")):
+    with pytest.raises(InputError, match=assignment.removeprefix("objective.")):
         override(digits, assignment)
 
 

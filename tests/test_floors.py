@@ -58,6 +58,15 @@ def test_imports_only_point_down():
         assert not reaches_up(floor_of(path), path.read_text()), path
 
 
+def test_the_readme_shows_every_floor():
+    """And of the layers, which have a floor of their own, each."""
+    page = (ROOT.parent / "README.md").read_text()
+    house = page.split("## The house")[1].split("```")[1].split()
+    shown = {word.strip("/,;") for word in house}
+    assert set(HEIGHT) <= shown
+    assert {p.stem for p in (ROOT / "layers").glob("*.py")} - {"__init__"} <= shown
+
+
 def test_the_check_itself_sees_a_reach():
     assert reaches_up("ops", "from jaxformer.layers.einsum import Einsum")
     assert reaches_up("ops", "from jaxformer import experiment")

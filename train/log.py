@@ -11,27 +11,17 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from jaxformer.experiment import Experiment
+from jaxformer.plan.chips import peak
 from train.curves import draw
 from train.goodput import Clock
 
-# Peak of one chip in bf16 operations a second, from the makers' pages.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1154e12,  # of one device: a chip has two.
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -40,7 +30,10 @@ class Unsaved(RuntimeError):
 
 
 class Log:
-    """Writes into `workdir`; on resume it forgets what came after the checkpoint."""
+    """Writes into `workdir`; on resume it forgets what came after the checkpoint.
+
+    `left_out` is how many steps were skipped up to now.
+    """
 
     def __init__(
         self,
@@ -57,7 +50,7 @@ class Log:
         self.flops = flops
         self.first_process = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl"
-        self.clock = Clock()
+        self.clock, self.left_out = Clock(), 0.0
         if self.first_process:
             _write_config(workdir / "config.json", described)
             self._open(start)
@@ -78,6 +71,7 @@ class Log:
     def _open(self, start: int, lost: float = 0.0) -> None:
         """The files as they were after step `start`, to go on from there."""
         self.clock = Clock(lost=lost + _rewind(self.path, start))
+        self.left_out = sum(row.get("skipped", 0.0) for row in self._rows())
         self.file = self.path.open("a")
         board = str(self.workdir / "tensorboard")
         self.board = SummaryWriter(board, purge_step=start + 1)
@@ -124,6 +118,7 @@ class Log:
         skipped = metrics.get("skipped", 0.0)
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         self.skipped += skipped
+        self.left_out += skipped
         broken = not math.isfinite(metrics["loss"])
         due = step % self.every == 0 or step == self.steps or broken
         if due:
@@ -145,6 +140,17 @@ class Log:
         self._write(step, {f"eval/{name}": value for name, value in scores.items()})
         text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self.say(f"step {step}/{self.steps}  {text}")
+
+    def told(self, step: int, name: str) -> bool:
+        """Whether an evaluation of this name was written down at this step."""
+        rows = self._rows() if self.first_process else []
+        own = [row for row in rows if row["step"] == step]
+        found = any(key.startswith(f"eval/{name}/") for row in own for key in row)
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What was written down until now."""
+        return [json.loads(row) for row in self.path.read_text().splitlines()]
 
     def resume_clock(self) -> None:
         """Leaves the time since the last step, of an evaluation or a save, uncounted."""
@@ -177,11 +183,8 @@ def _text(row: dict[str, float]) -> str:
 
 def _peak() -> float | None:
     """Operations a second of all devices together, where the chip is known."""
-    kind = jax.devices()[0].device_kind
-    for name in sorted(PEAKS, key=len, reverse=True):
-        if kind.startswith(name):
-            return PEAKS[name] * jax.device_count()
-    return None
+    one = peak(jax.devices()[0].device_kind)
+    return None if one is None else one * jax.device_count()
 
 
 def _rewind(path: pathlib.Path, step: int) -> float:

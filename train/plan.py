@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     mesh = [f"mesh={args.mesh}"] if args.mesh is not None else []
     experiment = load(args.config, [*args.overrides, *mesh])
     if args.search:
+        for name in ("price", "program", "parameters"):
+            if getattr(args, name):
+                raise InputError(
+                    f"--{name} is of one plan, and --search makes several; search first, and "
+                    "plan the one that you choose"
+                )
         found = []
         for candidate in search.candidates(experiment, args.topology, args.most):
             made = plan(candidate, args.topology)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -55,6 +55,7 @@ class _Run:
     pace: Pace
     spikes: Spikes
     backs: collections.Counter[int]  # by the step of the checkpoint.
+    rate: Callable[..., Any]  # of learning, by the steps that the optimizer has taken.
 
 
 def train(
@@ -71,8 +72,8 @@ def train(
       experiment: what to run.
       workdir: where the run lives; a run of another experiment there is an error.
       profile: steps between which a trace is written to `workdir/profile`.
-      patience: seconds without a step, an evaluation or a save after which the process is
-        ended as stuck; 0 waits for ever.
+      patience: seconds without a step, a batch of an evaluation or a save after which the
+        process is ended as stuck; 0 waits for ever. Tasks may take as long as they take.
       devices: all that JAX sees, if not given.
 
     Raises:
@@ -84,6 +85,8 @@ def train(
         raise InputError(
             f"{workdir}: a run lives on a file system; mount the store and name that"
         )
+    if not patience >= 0:
+        raise InputError(f"--patience {patience:g}: must be 0, which waits for ever, or more")
     workdir = pathlib.Path(workdir)
     made = prepare(experiment, devices)
     _writable(workdir)
@@ -131,6 +134,7 @@ def train(
         run = _Run(
             experiment, made, described, key, data, manager, log, preempted, watchdog,
             pace, Spikes(experiment.spike), collections.Counter(),
+            experiment.optimizer.rate.make(experiment.steps),
         )  # fmt: skip
         while True:
             try:
@@ -154,7 +158,6 @@ def prepare(experiment: Experiment, devices=None) -> Setup:
 def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainState:
     """Step n is sent off before the metrics of step n - 1 are looked at."""
     experiment, made = run.experiment, run.made
-    rate = experiment.optimizer.rate.make(experiment.steps)
     pending = None
     for done in range(start + 1, experiment.steps + 1):
         trace.at(done)
@@ -165,7 +168,7 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
             state, metrics = made.step(state, batch, run.key)
         if pending is not None:
             _look(run, state, *pending)
-        pending = (done, metrics | {"learning_rate": rate(done - 1)})
+        pending = (done, metrics)
         last = done == experiment.steps
         with run.pace.waiting():
             leaves = run.preempted.at(done) and not last
@@ -196,8 +199,7 @@ def _loop(run: _Run, state: TrainState, start: int, trace: "_Trace") -> TrainSta
             run.log.say(f"asked to end: step {done} is saved; the same command goes on from it")
             return state
     _save(run)
-    if start < experiment.steps and experiment.tasks:
-        run.log.evaluation(experiment.steps, _tasks(run, state))
+    _judge(run, state)
     return state
 
 
@@ -245,11 +247,21 @@ def _remaining(folder: pathlib.Path) -> str:
     return f"the checkpoint of step {saved[-1]} is whole" if saved else "none was saved"
 
 
-def _tasks(run: _Run, state: TrainState) -> dict[str, float]:
+def _judge(run: _Run, state: TrainState) -> None:
+    """Runs the tasks of the last step, but for those that a run before has finished."""
+    steps, tasks = run.experiment.steps, run.experiment.tasks
+    left = {name: task for name, task in tasks.items() if not run.log.told(steps, name)}
+    if not left:
+        return
     params = state.params if state.ema is None else state.ema
-    found = evaluation.run_tasks(run.experiment, run.made, params)
+    with run.watchdog.off():
+        experiment = dataclasses.replace(run.experiment, tasks=left)
+        found = evaluation.run_tasks(experiment, run.made, params)
     scores = {name: evaluation.scalars(metrics) for name, metrics in found.items()}
-    return {f"{task}/{name}": v for task, part in scores.items() for name, v in part.items()}
+    run.log.evaluation(
+        steps,
+        {f"{task}/{name}": v for task, part in scores.items() for name, v in part.items()},
+    )
 
 
 def _pictures(run: _Run, state: TrainState, step: int) -> None:
@@ -268,6 +280,8 @@ def _look(run: _Run, state: TrainState, step: int, metrics: dict[str, jax.Array]
     with run.pace.waiting():
         found = jax.device_get(metrics)
     values = {name: float(value) for name, value in found.items()}
+    taken = step - 1 - run.log.left_out  # steps before this one, as the optimizer counts.
+    values["learning_rate"] = float(run.rate(taken))
     run.watchdog.alive(step)
     if (slow := run.pace.step(step)) is not None:
         run.log.say(slow, all_processes=True)
@@ -342,14 +356,9 @@ def _evaluate(run: _Run, state: TrainState) -> dict[str, float]:
     scores = {}
     for name, pipeline in experiment.evals.items():
         batches = evaluation.batches(pipeline, experiment.eval_batch_size, made.batch_ways)
+        batches = run.watchdog.fed(batches)
         found = evaluation.evaluate(made.measure, params, batches, made.batch)
         scores |= {f"{name}/{k}": v for k, v in evaluation.scalars(found).items()}
-    metric = experiment.keep.metric.removeprefix("-")
-    if experiment.keep.best and metric not in scores:
-        raise InputError(
-            f"keep.metric={metric} was not measured; choose one of {', '.join(scores)}, or "
-            "set keep.best=0"
-        )
     return scores
 
 

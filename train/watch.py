@@ -1,11 +1,14 @@
 """What ends a run from outside of it: a signal that asks, and a silence that lasts."""
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -53,7 +56,7 @@ class Watchdog:
     def __init__(self, patience: float):
         self.patience = patience
         self.step, self.moved = 0, time.monotonic()
-        self._over = threading.Event()
+        self._over, self._looks = threading.Event(), True
 
     def __enter__(self) -> "Watchdog":
         if self.patience:
@@ -67,10 +70,24 @@ class Watchdog:
         """Something was done; the last step that ended is `step`."""
         self.step, self.moved = step, time.monotonic()
 
+    def fed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same, each a sign of life."""
+        for batch in batches:
+            self.alive(self.step)
+            yield batch
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Nobody watches what is done within, which has no steps."""
+        self._looks = False
+        yield
+        self.alive(self.step)
+        self._looks = True
+
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.patience / 4)):
             still = time.monotonic() - self.moved
-            if still > self.patience:
+            if self._looks and still > self.patience:
                 print(
                     f"error: process {jax.process_index()} stood still for {still:.0f} s after "
                     f"step {self.step}; where, is below. Start it again: it goes on from the "

@@ -11,6 +11,9 @@ import sys
 
 import jax
 
+from jaxformer.errors import InputError
+from jaxformer.program import entry, write_json
+
 NAMES = {
     "attention": "ours beside other kernels, by a GPU, a CPU, or a TPU's compiler",
     "decoder": "training, prefill and decoding of a language model beside torch's",
@@ -47,11 +50,19 @@ def commit() -> str:
 
 
 def held(path: pathlib.Path) -> list[dict]:
-    """The runs that a file holds: one, or a list, or none if it is not there."""
-    found = json.loads(path.read_text()) if path.exists() else []
+    """The runs that a file holds: one, or a list, or none if it is not there.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: holds no runs ({error}); name another file") from error
     return found if isinstance(found, list) else [found]
 
 
+@entry
 def main() -> int:
     """Runs one benchmark, prints its table and writes its JSON."""
     told = "\n".join(f"  {name}: {what}" for name, what in NAMES.items())
@@ -78,9 +89,7 @@ def main() -> int:
     found = {"hardware": hardware(), "command": command, "commit": commit(), **measured}
     if file:
         path = pathlib.Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = [*held(path), found] if add else found
-        path.write_text(json.dumps(written, indent=2) + "\n")
+        write_json(path, [*held(path), found] if add else found)
     return 0
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evaluate.speed.vit import CLOCKS, fastest_product
+from evaluate.speed.vit import CLOCKS, device_peak
 from jaxformer import steps as training
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
@@ -61,9 +61,7 @@ def run(
     clock: str = "wall",
 ) -> dict:
     """Times everything; prints and returns a row a side."""
-    top, source = (peak * 1e12, "told") if peak else (None, None)
-    if top is None and jax.default_backend() == "cpu":
-        top, source = fastest_product("float32", CLOCKS[clock])
+    top, of_device = device_peak(peak, "float32", clock)
     tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, MODEL.vocab)
     params = nn.unbox(jax.jit(MODEL.init)(jax.random.key(0), tokens))["params"]
     sides: dict[str, dict[str, Callable[[], Any]]] = {
@@ -100,9 +98,7 @@ def run(
             shown(rows[-1])
     sizes = {"batch": batch, "prompt": prompt, "steps": steps, "model": repr(MODEL)}
     sizes |= {"clock": clock, "operations_of_a_step": operations}
-    if top is not None:
-        sizes |= {"peak_tflops": top / 1e12, "peak_source": source}
-    return {"rounds": rounds, **sizes, "threads": threads, "rows": rows}
+    return {"rounds": rounds, **sizes, **of_device, "threads": threads, "rows": rows}
 
 
 def told(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evaluate.speed.vit import CLOCKS, PEAKS, fastest_product, held
+from evaluate.speed.vit import CLOCKS, device_peak, held
 from jaxformer import steps
 from jaxformer.models import dit
 from jaxformer.optim import AdamW, Constant
@@ -58,15 +58,10 @@ def run(
     sides: tuple[str, ...] = SIDES,
 ) -> dict:
     """Times every size in every mode; prints and returns a row a side."""
-    device = jax.devices()[0]
-    on_cpu = device.platform == "cpu"
+    on_cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     steps = steps or (2 if on_cpu else 50)
-    known = [v for k, v in PEAKS.items() if k in device.device_kind]
-    top = peak * 1e12 if peak else (known or [None])[0] if dtype != "float32" else None
-    source = "told" if peak else "known"
-    if top is None and on_cpu:
-        top, source = fastest_product(dtype, CLOCKS[clock])
+    top, of_device = device_peak(peak, dtype, clock)
     rows = []
     for size in sizes:
         for mode in modes:
@@ -80,9 +75,7 @@ def run(
             rows += timed(size, mode, count, steps, made, rounds, top, CLOCKS[clock])
     found: dict[str, Any] = {"rounds": rounds, "latents": LATENTS, "dtype": dtype}
     found |= {"steps": steps, "clock": clock}
-    if top is not None:
-        found |= {"peak_tflops": top / 1e12, "peak_source": source}
-    return found | {"rows": rows}
+    return found | of_device | {"rows": rows}
 
 
 def timed(size, mode, batch, steps, sides, rounds, peak, clock) -> list[dict]:

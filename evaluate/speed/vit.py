@@ -33,6 +33,7 @@ from jaxformer import steps
 from jaxformer.models import vit
 from jaxformer.objectives.classify import Classify
 from jaxformer.optim import AdamW, Constant
+from jaxformer.plan import chips
 
 PIXELS, CLASSES = 224, 1000
 PRODUCT = 1536  # Rows and columns of the matrices that tell a CPU's peak.
@@ -42,7 +43,6 @@ CLOCKS = {
     "wall": time.perf_counter,
     "cpu": lambda: time.process_time() / len(os.sched_getaffinity(0)),
 }
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5e": 197e12, "v6e": 918e12}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,24 +67,31 @@ def run(
     clock: str = "wall",
 ) -> dict:
     """Times every size in every mode; prints and returns a row a side."""
-    device = jax.devices()[0]
-    on_cpu = device.platform == "cpu"
+    on_cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
-    known = (
-        [v for k, v in PEAKS.items() if k in device.device_kind] if dtype != "float32" else []
-    )
-    top, source = (peak * 1e12, "told") if peak else ((known or [None])[0], "known")
-    if top is None and on_cpu:
-        top, source = fastest_product(dtype, CLOCKS[clock])
+    top, of_device = device_peak(peak, dtype, clock)
     rows = []
     for size in sizes:
         for mode in modes:
             count = batch or (BATCH[size] if on_cpu else 256)
             rows += measure(size, mode, count, dtype, rounds, top, remats, CLOCKS[clock])
     found = {"rounds": rounds, "pixels": PIXELS, "dtype": dtype, "clock": clock}
-    if top is not None:
-        found |= {"peak_tflops": top / 1e12, "peak_source": source}
-    return found | {"rows": rows}
+    return found | of_device | {"rows": rows}
+
+
+def device_peak(told: float | None, dtype: str, clock: str) -> tuple[float | None, dict]:
+    """Operations a second of this device, and how a run's JSON tells them.
+
+    Those that were `told`, in 1e12, or are known of the chip in bfloat16, or that a CPU
+    shows; None where it is none of these.
+    """
+    device = jax.devices()[0]
+    top, source = None if told is None else told * 1e12, "told"
+    if top is None and device.platform == "cpu":
+        top, source = fastest_product(dtype, CLOCKS[clock])
+    elif top is None and dtype != "float32":
+        top, source = chips.peak(device.device_kind), "known"
+    return top, {} if top is None else {"peak_tflops": top / 1e12, "peak_source": source}
 
 
 def measure(size, mode, batch, dtype, rounds, peak, remats, clock) -> list[dict]:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from evaluate.speed import decoder as text
-from evaluate.speed.vit import CLOCKS, fastest_product
+from evaluate.speed.vit import CLOCKS, device_peak
 from jaxformer import steps as training
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
@@ -78,9 +78,7 @@ def run(
     clock: str = "wall",
 ) -> dict:
     """Times everything; prints and returns a row a side."""
-    top, source = (peak * 1e12, "told") if peak else (None, None)
-    if top is None and jax.default_backend() == "cpu":
-        top, source = fastest_product("float32", CLOCKS[clock])
+    top, of_device = device_peak(peak, "float32", clock)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, IMAGE, (batch, PLACES + prompt)).astype(np.int32)
     tokens[:, :PLACES] = IMAGE
@@ -106,9 +104,7 @@ def run(
             text.shown(row)
     sizes = {"batch": batch, "prompt": prompt, "places": PLACES, "steps": steps}
     sizes |= {"clock": clock, "operations_of_a_step": operations}
-    if top is not None:
-        sizes |= {"peak_tflops": top / 1e12, "peak_source": source}
-    return {"rounds": rounds, **sizes, "threads": threads, "rows": rows}
+    return {"rounds": rounds, **sizes, **of_device, "threads": threads, "rows": rows}
 
 
 def trained(model: VLM, params, tokens, images) -> Callable[[], Any]:

@@ -163,6 +163,19 @@ class Ask:
             if kind not in KINDS:
                 raise InputError(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
 
+    @property
+    def end(self) -> int:
+        """What closes an answer."""
+        return END
+
+    def prompt(self, question: str) -> list[int]:
+        """The ids that an answer follows, of an image and a question in the scenes' words."""
+        return [IMAGE] * self.places + encode(question)
+
+    def word(self, token: int) -> str:
+        """How a token of an answer reads."""
+        return WORDS[token]
+
     def __call__(self, record: Record) -> Record:
         tokens, segments = [IMAGE] * self.places, [1] * self.places
         answer = [0] * self.places

@@ -21,6 +21,9 @@ from jaxformer.errors import InputError
 
 _DOCUMENTS = 256  # tokenized at a time.
 TYPES = ("uint16", "uint32")
+# What begins a file of llm.c's: for ids of GPT-2 and of Llama 3 (dev/data/data_common.py).
+LLM_C = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
+LLM_C_BYTES = 1024
 
 
 class Part(NamedTuple):
@@ -78,9 +81,10 @@ def encoded(source: Any, tokenizer: Tokenizer):
 class Shards(Reopened):
     """Files of ids, one long row each: `.npy`, or plain `.bin` of `dtype`, uint16 or uint32.
 
-    They are mapped, and read as they are asked for. Where documents end is told by the file
-    beside a shard, `x.ends.npy` for `x.npy`, as `write_shard` writes it; where there is none,
-    by the id `end`, which closes a document; without either a shard is one document.
+    What llm.c puts before the ids of its `.bin` is known and left out. They are mapped, and
+    read as they are asked for. Where documents end is told by the file beside a shard,
+    `x.ends.npy` for `x.npy`, as `write_shard` writes it; where there is none, by the id
+    `end`, which closes a document; without either a shard is one document.
 
     Raises:
       InputError: a file is missing or no row of ids; ids beyond `vocab`, from the rows.
@@ -122,7 +126,7 @@ class Shards(Reopened):
             if path.endswith(".npy"):
                 ids = np.load(path, mmap_mode="r")
             else:
-                ids = np.memmap(path, self.dtype, "r")
+                ids = np.memmap(path, self.dtype, "r", offset=_before(path, self.dtype))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: is no file of ids ({error}); write it again") from error
         if ids.ndim != 1 or ids.dtype.name not in TYPES:
@@ -131,6 +135,17 @@ class Shards(Reopened):
                 f"{' or '.join(TYPES)}"
             )
         return ids
+
+
+def _before(path: str, dtype: str) -> int:
+    """Bytes of llm.c's header, if the file has one: a magic number, a version, a count."""
+    *magic, count = np.fromfile(path, "<i4", 3).tolist() or (0, 0)
+    if tuple(magic) != LLM_C[dtype]:
+        return 0
+    ids = (os.path.getsize(path) - LLM_C_BYTES) // np.dtype(dtype).itemsize
+    if ids != count:
+        raise InputError(f"{path}: has {ids} ids, and says {count} of itself; fetch it again")
+    return LLM_C_BYTES
 
 
 Tokens = Tokenized | Shards  # Or what has the same names.

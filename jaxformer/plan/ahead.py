@@ -11,11 +11,12 @@ import jax
 from jaxformer import sharding
 from jaxformer.data import stand_in
 from jaxformer.errors import InputError
-from jaxformer.experiment import Experiment
+from jaxformer.experiment import Experiment, arguments
 from jaxformer.plan import chips
 from jaxformer.plan.cost import Cost, cost
 from jaxformer.plan.network import Collective
 from jaxformer.plan.program import Program
+from jaxformer.program import writing
 from jaxformer.setup import Setup, check_batch, model_flops, setup
 
 
@@ -142,6 +143,10 @@ def plan(
       InputError: no such topology, a mesh or a batch that does not fit, data of unknown
         shape; all before anything is compiled.
     """
+    if program is not None:
+        with writing():  # A compile takes minutes: what is wrong with the file is told now.
+            pathlib.Path(program).parent.mkdir(parents=True, exist_ok=True)
+            pathlib.Path(program).touch()
     there = chips.find(topology)
     batch = stand_in.shapes(experiment.data, experiment.batch_size)
     made = laid_out(experiment, batch, list(there.devices))
@@ -155,7 +160,8 @@ def plan(
             memory = measured(memory, compiled)
             text = compiled.as_text()
             if program is not None:
-                pathlib.Path(program).write_text(text)
+                with writing():
+                    pathlib.Path(program).write_text(text)
             found = cost(Program(text), made.mesh, there)
     return Plan(
         topology=topology,
@@ -181,7 +187,7 @@ def laid_out(experiment: Experiment, batch: dict[str, Any], devices) -> Setup:
             f"the objective wants {missing[0]!r} of a batch, which has {', '.join(batch)}; "
             "add the transform that makes it"
         )
-    made = setup(experiment, [batch[name] for name in experiment.objective.inputs], devices)
+    made = setup(experiment, arguments(experiment.objective, batch), devices)
     check_batch(experiment, made)
     return made
 

@@ -13,7 +13,7 @@ from jaxformer.data.conversations import Conversations
 from jaxformer.data.loader import Pipeline, train_batches
 from jaxformer.data.rows import Rows, Windows
 from jaxformer.data.tokenizer import Bytes, Learned
-from jaxformer.data.tokens import Part, Shards, Tokenized, write_shard
+from jaxformer.data.tokens import LLM_C, Part, Shards, Tokenized, write_shard
 from jaxformer.errors import InputError
 from tests.data.texts import Texts
 
@@ -111,6 +111,20 @@ def test_shards_of_others_end_documents_by_an_id(tmp_path):
     assert rows[1]["tokens"].tolist() == [5, 6, 9, 0, 0, 0, 0] and "bytes" not in rows[0]
     with pytest.raises(InputError, match=r"row 0: token 2 has id 9, beyond vocab=9; give"):
         Rows(Shards(paths, 9, dtype="uint32"), 7)[0]
+
+
+@pytest.mark.parametrize("dtype", LLM_C)
+def test_what_llm_c_puts_before_its_ids_is_no_id(dtype, tmp_path):
+    head = np.zeros(256, np.int32)
+    head[:3] = *LLM_C[dtype], 5
+    ids = np.array([9, 5, 6, 9, 7], dtype)
+    path = tmp_path / "a.bin"
+    path.write_bytes(head.tobytes() + ids.tobytes())
+    shards = Shards(str(path), 10, end=9, dtype=dtype)
+    np.testing.assert_array_equal(shards.parts[0].ids, ids)
+    path.write_bytes(head.tobytes() + ids[:4].tobytes())
+    with pytest.raises(InputError, match=r"a\.bin: has 4 ids, and says 5 of itself; fetch it"):
+        _ = Shards(str(path), 10, end=9, dtype=dtype).parts
 
 
 def test_bad_shards_and_rows_are_told(tmp_path):

@@ -89,6 +89,39 @@ def test_a_pipeline_that_does_not_ask_is_refused(trained):
         answered(trained, Pipeline(Scenes("test", 5), (Normalize(),)), range(2))
 
 
+class Letters:
+    """Another's transform: a letter is a token, and 1 is the end."""
+
+    end = 1
+
+    def __call__(self, record):
+        return record
+
+    def prompt(self, question):
+        return [IMAGE] * 2 + [3 + ord(letter) % 5 for letter in question]
+
+    def word(self, token):
+        return chr(ord("a") + token)
+
+
+def test_who_asks_by_other_words_is_asked_too(trained, monkeypatch):
+    seen = []
+
+    def likeliest(model, params, steps):
+        def draw(prompt, image):
+            seen.append((list(prompt), image.shape))
+            return iter([2, 0, 1, 5])
+
+        return draw
+
+    monkeypatch.setattr(ask, "likeliest", likeliest)
+    answer = ask.asker(trained, Pipeline(Scenes("test", 5), (Normalize(), Letters())))
+    assert "".join(answer(np.zeros((16, 32, 1), np.uint8), "abc")) == "ca"
+    assert seen == [(Letters().prompt("abc"), (16, 32, 1))]
+    with pytest.raises(InputError, match="end in Normalize; they must end in one that has end"):
+        ask.asker(trained, Pipeline(Scenes("test", 5), (Normalize(),)))
+
+
 @pytest.mark.slow  # Compiles a program or two.
 def test_an_answer_comes_word_by_word(trained):
     test = Pipeline(Scenes("test", 5), (Normalize(), Ask(2, 40, KINDS)))

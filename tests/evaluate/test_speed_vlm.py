@@ -30,3 +30,14 @@ def test_a_model_that_sees_is_timed_and_counted(monkeypatch):
     rate = 3 * 2 * vlm.flops(68) / row["median_ms"] * 1e3
     assert abs(row["gflops"] * 1e9 / rate - 1) < 1e-6
     assert row["tokens_per_second"] == pytest.approx(2 * 68 / row["median_ms"] * 1e3)
+
+
+@pytest.mark.slow
+def test_a_model_of_text_is_timed_and_counted(monkeypatch):
+    monkeypatch.setattr(decoder, "MODEL", Decoder(11, 8, 1, 12, 2, tied=False))
+    monkeypatch.setattr(decoder, "MANY", 4)
+    monkeypatch.setattr(decoder, "torchs", lambda *_: {})
+    found = decoder.run(rounds=1, batch=2, prompt=8, steps=8, peak=1.0)
+    assert found["peak_source"] == "told" and found["peak_tflops"] == 1.0
+    sides = [(row["what"], row["side"]) for row in found["rows"]]
+    assert ("train", "ours") in sides and ("speculative", "lookup") in sides

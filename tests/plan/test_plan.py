@@ -77,6 +77,8 @@ BAD = {
     "kind": (["--topology", "h100:8"], "v5e: 2x2 2x4"),
     "mesh": ([*CHIPS, "--mesh", "data=3"], "data=3 needs 3 devices but there are 4"),
     "batch": ([*CHIPS, "batch_size=6"], "batch_size=6 does not divide over 4"),
+    "program": ([*CHIPS, "--program", f"{CONFIG}/p.txt"], CONFIG),
+    "search": ([*CHIPS, "--search", "--price", "2"], "--price is of one plan, and --search"),
 }
 
 

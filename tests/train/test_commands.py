@@ -97,8 +97,9 @@ BAD = {
     "heads": ([CONFIG, "model.num_heads=3"], "num_heads=3 must divide width=64"),
     "best by what is not measured": (
         [CONFIG, *FAST, "keep.metric=test/top2"],
-        "keep.metric=test/top2 was not measured; choose one of test/calibration, test/loss",
+        "keep.metric=test/top2 is not measured; choose one of test/calibration, test/loss",
     ),
+    "patience": ([CONFIG, "--patience", "-1"], "--patience -1: must be 0, which waits"),
     "profile": ([CONFIG, "--profile", "9:3"], "--profile 9:3: expected FIRST:LAST"),
 }
 

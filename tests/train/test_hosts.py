@@ -69,3 +69,15 @@ def test_who_stands_still_is_ended_with_its_stacks():
 
 def test_one_process_saves_at_sigterm_too(tmp_path):
     assert not signals.asked(tmp_path, 1).wrong
+
+
+def test_what_has_no_steps_is_not_watched_and_batches_are_signs_of_life():
+    code = (
+        "import time\nfrom train.watch import Watchdog\n"
+        "with Watchdog(0.8) as dog:\n    with dog.off():\n        time.sleep(1.6)\n"
+        "    for _ in dog.fed(range(4)):\n        time.sleep(0.4)\n    print('alive')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "alive\n", done.stderr

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from evaluate.__main__ import main as evaluate_main
@@ -20,6 +22,7 @@ from jaxformer.data.loader import Pipeline, to_mesh, train_batches
 from jaxformer.data.sources import Digits
 from jaxformer.errors import InputError
 from jaxformer.experiment import load
+from jaxformer.metrics import Mean
 from train import report
 from train.faults.processes import CONFIG, TINY
 from train.goodput import total
@@ -78,6 +81,32 @@ def test_a_run_says_where_its_time_went(finished, capsys):
 def test_a_run_that_is_done_stays_as_it_is(finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "done")
     chex.assert_trees_all_equal(run(workdir), finished[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A task that fails until a file is there, and counts how often it ran to its end."""
+
+    ready: pathlib.Path
+
+    def run(self, trained):
+        number = int(self.ready.read_text()) + 1
+        self.ready.write_text(str(number))
+        return {"number": Mean(np.float64(number), np.int64(1))}
+
+
+def test_tasks_that_a_kill_left_out_run_at_the_next_start(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "killed")
+    ready = tmp_path / "ready"
+    made = dataclasses.replace(experiment(one=False), tasks={"judge": Judge(ready)})
+    with pytest.raises(FileNotFoundError):
+        train(made, workdir, devices=jax.devices()[:1])
+    ready.write_text("0")
+    for _ in range(2):
+        train(made, workdir, devices=jax.devices()[:1])
+    assert [
+        row["eval/judge/number"] for row in rows(workdir) if "eval/judge/number" in row
+    ] == [1]
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path):
@@ -198,7 +227,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_pa
 def test_skipping_leaves_such_steps_out(tmp_path):
     state = run(tmp_path, "optimizer.rate.peak=1e30", "nonfinite=skip", "steps=6")
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
-    assert sum(r.get("skipped", 0) for r in rows(tmp_path)) >= 3
+    steps = [r for r in rows(tmp_path) if "loss" in r]
+    left_out = np.cumsum([0, *(r["skipped"] for r in steps)])
+    assert left_out[-1] >= 3
+    counted = optax.tree.get_all_with_path(state.opt_state, "count")
+    assert {int(count) for _, count in counted} == {6 - left_out[-1]}
+    rate = experiment("optimizer.rate.peak=1e30").optimizer.rate.make(6)
+    used = [float(rate(i - left_out[i])) for i in range(6)]  # By what the optimizer counts.
+    np.testing.assert_allclose([r["learning_rate"] for r in steps], used, rtol=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch
 from jaxformer import convert
 from tests.parity.case import TOLERANCE, Case, distance, weights
 from tests.parity.cases import CASES
+from tests.parity.rounding import Rounding
 
 LIMIT = 400_000  # bytes of one case.
 # Encoders of transformers whose names in memory, where they are others, we read too.
@@ -43,6 +44,7 @@ def record(case: Case) -> None:
     inputs = case.inputs(np.random.default_rng(3))
     outputs = case.theirs(module, {k: torch.from_numpy(v) for k, v in inputs.items()})
     found = {name: out.detach().numpy() for name, out in outputs.items()}
+    steady(case, module, inputs, found)
     if case.gradients:
         w = weights(found)
         sum((outputs[n] * torch.from_numpy(w[n])).sum() for n in outputs).backward()
@@ -63,6 +65,17 @@ def record(case: Case) -> None:
     size = sum(p.stat().st_size for p in case.directory.rglob("*") if p.is_file())
     assert size < LIMIT, f"{case.name}: {size:,} bytes; make it smaller"
     print(f"{case.name}: recorded, {size:,} bytes")
+
+
+def steady(case: Case, module: torch.nn.Module, inputs, found) -> None:
+    """Refuses a case whose answers another processor's rounding would move too far."""
+    tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    for seed in range(3):
+        with torch.no_grad(), Rounding(seed):
+            again = case.theirs(module, tensors)
+        far = distance({k: v.numpy() for k, v in again.items()}, found)
+        rule = f"keep it below {TOLERANCE / 2:.0e} by smaller `scales` or inputs"
+        assert far < TOLERANCE / 2, f"{case.name}: rounding moves it by {far:.1e}; {rule}"
 
 
 def rename(path: pathlib.Path, hub: tuple[tuple[str, str], ...]) -> None:

@@ -68,6 +68,10 @@ class Infill:
         """Raises InputError where there is no room for a hole."""
         if not 1 <= self.most < self.length:
             raise InputError(f"most={self.most} must be from 1 to {self.length - 1}")
+        if not 0 <= self.before <= 1:
+            raise InputError(f"before={self.before} must be a share, from 0 to 1")
+        if self.count < 1:
+            raise InputError(f"count={self.count} must be 1 hole or more")
         if self.align < 1:
             raise InputError(f"align={self.align} must be 1 token or more")
         if self.block is not None and self.length % self.block:

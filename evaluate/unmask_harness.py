@@ -19,9 +19,9 @@ from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Record
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
-from jaxformer.models.mdlm import shifted
-from jaxformer.models.timed import TimedDecoder
-from jaxformer.objectives.unmask import by_count, nats
+from jaxformer.lora import plain
+from jaxformer.models.mdlm import is_timed, shifted
+from jaxformer.objectives.unmask import by_count, nats, special
 from jaxformer.samplers.logits import Law
 from jaxformer.samplers.unmask import Above, Count, Show, sample
 
@@ -42,7 +42,8 @@ class UnmaskHarness(Harness):
       seed: of all draws.
 
     Raises:
-      InputError: a model of block diffusion.
+      InputError: a model of block diffusion; a mask that is no id of the model, or one that
+        a text may have; no samples.
     """
 
     def __init__(
@@ -64,15 +65,25 @@ class UnmaskHarness(Harness):
                 "a model of block diffusion does not see what this asks of it, all at once; "
                 "ask one that learned without a block"
             )
+        vocab = plain(trained.model).vocab
+        free = mask_id >= tokenizer.vocab or special(tokenizer, mask_id)
+        if not 0 <= mask_id < vocab or not free:
+            raise InputError(
+                f"mask_id={mask_id} must be an id of the model, below {vocab}, that no text "
+                f"has: a special one of the tokenizer's {tokenizer.vocab}, or beyond them"
+            )
+        if samples < 1:
+            raise InputError(f"samples={samples} must be 1 draw or more")
         self.mask_id, self.shift, self.samples = mask_id, shift, samples
         self.show, self.seed = show, seed
 
     def _says(self, apply, params, segments) -> Callable[[Array, Array], Array]:
         """The denoiser of rows whose texts are `segments`."""
 
+        real = (segments > 0).mean(1)  # Padding is no part of a text, nor of its share.
+
         def denoise(tokens, share):
-            timed = isinstance(self.trained.model, TimedDecoder)
-            given = {"share": share} if timed else {}
+            given = {"share": share / real} if is_timed(self.trained.model) else {}
             logits = apply({"params": params}, tokens, segments=segments, **given)
             return shifted(logits) if self.shift else logits
 
@@ -95,11 +106,12 @@ class UnmaskHarness(Harness):
                 every = (self.samples, len(row))
                 rows, hides = (jnp.broadcast_to(x, every) for x in (row, hidden))
                 noisy = by_count(rows, key, mask_id=self.mask_id, hidden=hides)
-                return noisy.tokens, noisy.weight, noisy.share
+                return noisy.tokens, noisy.weight
 
             def bound(draw):
-                noisy, weight, share = draw
-                each = nats(denoise(noisy, share.max(1)), tokens, self.mask_id)
+                noisy, weight = draw
+                share = (weight > 0).mean(1)
+                each = nats(denoise(noisy, share), tokens, self.mask_id)
                 return jnp.where(weight > 0, each * weight, 0).sum(1)
 
             # One draw of each record after the other: [samples, B, T].

@@ -22,6 +22,7 @@ import numpy as np
 from evaluate.infill import Hole
 from evaluate.speed.unmask import BLOCK, CONFIGS, Side, trained
 from evaluate.speed.vit import CLOCKS
+from jaxformer.errors import InputError
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
 from jaxformer.models.mdlm import Canvas, denoiser
@@ -57,6 +58,8 @@ def run(
     task = dataclasses.replace(task, **sizes)
     task.check()
     holes = sorted(task.holes(), key=lambda h: h.stop - h.start)
+    if batch > len(holes):
+        raise InputError(f"--batch {batch} is more than the {len(holes)} holes; give fewer")
     groups = [holes[i : i + batch] for i in range(0, len(holes) - batch + 1, batch)]
     sides = {name: make(models[kind]) for name, (kind, make) in SIDES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}

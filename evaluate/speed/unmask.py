@@ -23,6 +23,7 @@ from evaluate.completions import function, opening, parses
 from evaluate.infill import Infill
 from evaluate.run import restored
 from evaluate.speed.vit import CLOCKS
+from jaxformer.errors import InputError
 from jaxformer.experiment import load
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import Stepper
@@ -76,6 +77,11 @@ def run(
     models = {name: trained(config, runs.get(name)) for name, config in CONFIGS.items()}
     tokenizer = models["decoder"].tokenizer
     prompts = held_out(tokenizer, models["decoder"].documents, prompt)
+    if len(prompts) < batch:
+        raise InputError(
+            f"--batch {batch}: {len(prompts)} held-out files have {prompt} tokens and more; "
+            "give a smaller batch or --prompt"
+        )
     rounds = min(rounds, len(prompts) // batch)
     sides = {
         name: functools.partial(make(models[kind], steps), models[kind].params)

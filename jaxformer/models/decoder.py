@@ -86,10 +86,11 @@ class LanguageModel(nn.Module):
           **inputs: of the stack, such as `context` of its `CrossBlock`.
         """
         T = x.shape[1]
-        if self.length is not None and self.length < T:
+        longest = T // 2 if mask is not None and mask.doubled else T
+        if self.length is not None and self.length < longest:
             raise ValueError(
-                f"{T} tokens are more than the model's length={self.length}; cut the text, or "
-                "scale its rotary positions (ops.rotary_scaling) and set length"
+                f"{longest} tokens are more than the model's length={self.length}; cut the "
+                "text, or scale its rotary positions (ops.rotary_scaling) and set length"
             )
         if positions is None:
             positions = places(segments) if segments is not None else jnp.arange(T)[None]

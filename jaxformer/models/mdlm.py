@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -15,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxformer.errors import InputError
 from jaxformer.layers import cache as caches
 from jaxformer.layers.cache import KV
-from jaxformer.models.decoder import Decoder, LanguageModel
+from jaxformer.lora import plain
+from jaxformer.models.decoder import Decoder
 from jaxformer.models.decoder import flops as decoder_flops
 from jaxformer.models.decoder_sizes import SIZES as DECODERS
 from jaxformer.models.timed import TimedDecoder
@@ -53,10 +55,11 @@ def named(name: str, **fields) -> Decoder:
 
 
 def denoiser(
-    model: Decoder | LanguageModel, params, *, shift: bool = False, block: int | None = None
+    model: nn.Module, params, *, shift: bool = False, block: int | None = None
 ) -> Callable[[Int[Array, "B T"], Float[Array, " B"]], Float[Array, "B T V"]]:
     """The function that a sampler calls: `(tokens, share masked) -> logits`.
 
+    The model is a `Decoder`, a `LanguageModel`, or a `Lora` of one of them.
     A `TimedDecoder` is told the share; others go by the masks that they see. With `shift`
     the logits at a token are those that the model gives at the one before it, as Dream's are,
     which was made of a decoder; the first keeps its own. With a `block` tokens see their block
@@ -67,7 +70,7 @@ def denoiser(
         _untimed(model)
 
     def denoise(tokens, share):
-        given = {"share": share} if isinstance(model, TimedDecoder) else {}
+        given = {"share": share} if is_timed(model) else {}
         if block is not None:
             at = jnp.arange(tokens.shape[1])[None]
             given["mask"] = Positions(at, at, block=block)
@@ -101,8 +104,13 @@ class Streams:
         return 2 * alone - 2 * T * model.width * model.vocab + pair * (seen - 2 * T * T)
 
 
+def is_timed(model: Any) -> bool:
+    """Whether a model, or that within a `Lora`, is told how much is masked."""
+    return isinstance(plain(model), TimedDecoder)
+
+
 def _untimed(model) -> None:
-    if isinstance(model, TimedDecoder):
+    if is_timed(model):
         raise InputError(
             "a TimedDecoder is told one share for all tokens, and neither blocks nor caches of "
             "them know theirs; draw from it by samplers.unmask.sample, without a block"
@@ -116,7 +124,7 @@ class Canvas(struct.PyTreeNode):
     on both sides of it; with one, what is kept before it.
     """
 
-    model: Decoder | LanguageModel = struct.field(pytree_node=False)
+    model: nn.Module = struct.field(pytree_node=False)
     variables: Mapping[str, Any]  # {"params": params}
     shift: bool = struct.field(pytree_node=False, default=False)
     block: int | None = struct.field(pytree_node=False, default=None)

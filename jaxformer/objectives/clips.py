@@ -35,6 +35,8 @@ def variances(
     count = round(1 / step) if 0 < step <= 1 else 0
     if not math.isclose(count * step, 1):
         raise InputError(f"step={step} must divide 1; 0.05 is BD3-LM's")
+    if not 0 < width <= 1:
+        raise InputError(f"width={width} must be a share of the masked, above 0, up to 1")
     ends, found = np.linspace(0, 1, count + 1), {}
     may = jnp.ones(tokens.shape, bool) if hidden is None else hidden
 

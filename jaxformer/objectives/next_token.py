@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import metrics
 from jaxformer.errors import InputError
+from jaxformer.lora import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,12 @@ class NextToken:
             raise InputError(f"chunk={self.chunk} must be 1 token or more, or None for all")
 
     def check(self, model: Any, pipeline: Any) -> None:
-        """Raises InputError where the data has ids that the model has no row for."""
+        """Raises InputError where a model sees what it is to guess, or has no row for an id."""
+        if not getattr(plain(model), "causal", True):
+            raise InputError(
+                "a model with causal=False sees the next token; set model.causal=True, or "
+                "learn by Unmask(block=1, shift=True)"
+            )
         vocab = getattr(pipeline.source, "vocab", None)
         if vocab is not None and vocab > model.vocab:
             kind = type(getattr(pipeline.source, "tokenizer", pipeline.source)).__name__

@@ -14,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxformer.errors import InputError
+
 Times = Float[Array, "*B"]
 
 
@@ -72,6 +74,10 @@ class Polynomial:
     power: float = 2.0
     unmasked_at_end: float = dataclasses.field(default=0.0, init=False)
 
+    def __post_init__(self):
+        if self.power <= 0:
+            raise InputError(f"power={self.power} must be above 0: nothing is masked at time 0")
+
     def masked(self, t: Times) -> Times:
         """The probability that a token is masked."""
         return t**self.power
@@ -86,6 +92,12 @@ class LogLinear:
     """`(1 - end) t` of all: MDLM's, whose noise is `-log(1 - (1 - end) t)`."""
 
     end: float = 1e-3
+
+    def __post_init__(self):
+        if not 0 <= self.end < 1:
+            raise InputError(
+                f"end={self.end} must be a share that stays seen, 0 or more, below 1"
+            )
 
     @property
     def unmasked_at_end(self) -> float:
@@ -111,6 +123,12 @@ class Clipped:
     low: float
     high: float
     unmasked_at_end: float = dataclasses.field(default=0.0, init=False)
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high <= 1:
+            raise InputError(
+                f"low={self.low}, high={self.high} must be shares that rise, from 0 to 1"
+            )
 
     def masked(self, t: Times) -> Times:
         """The probability that a token is masked."""

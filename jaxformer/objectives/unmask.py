@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import metrics
 from jaxformer.errors import InputError
+from jaxformer.lora import plain
 from jaxformer.objectives.next_token import scores, sown
 from jaxformer.objectives.schedules import Clipped, Linear, Schedule
 from jaxformer.objectives.times import times
@@ -142,7 +143,7 @@ def loss(
     """An estimate of the bound, nats a token, of any function that guesses.
 
     Args:
-      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`.
+      denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`, the share of a row.
       tokens: rows, none of them masked.
       key: of the draw.
       mask_id: the token that says "masked".
@@ -151,7 +152,8 @@ def loss(
     """
     hidden = None if weight is None else weight > 0
     noisy = by_time(tokens, key, mask_id=mask_id, schedule=schedule, hidden=hidden)
-    logits = denoise(noisy.tokens, noisy.share[:, 0])
+    share = noisy.share[:, 0] if hidden is None else noisy.share[:, 0] * hidden.mean(1)
+    logits = denoise(noisy.tokens, share)
     each = jnp.where(noisy.weight > 0, nats(logits, tokens, mask_id), 0)
     count = tokens.size if weight is None else jnp.maximum(weight.sum(), 1)
     end = schedule.unmasked_at_end * math.log(logits.shape[-1] - 1)
@@ -200,7 +202,7 @@ class Unmask:
     training where a block is one token, which is then always masked. By time the constant of
     a schedule that leaves some tokens seen at its end, `unmasked_at_end * log V`, is left out
     of the loss: it has no gradient. With `timed` the model
-    is told how much is masked, as `share`, see `models.timed`.
+    is told how much is masked, as `share`, see `models.timed`: of a text, its prompt too.
     """
 
     mask_id: int
@@ -231,13 +233,18 @@ class Unmask:
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where mask, data and model do not fit."""
+        model = plain(model)
         if not 0 <= self.mask_id < model.vocab:
             raise InputError(
                 f"mask_id={self.mask_id} is no token of model.vocab={model.vocab}; the mask "
                 "needs an id of its own, such as the last"
             )
         vocab = getattr(pipeline.source, "vocab", None)
-        if vocab is not None and vocab > self.mask_id and not _special(pipeline, self.mask_id):
+        if (
+            vocab is not None
+            and vocab > self.mask_id
+            and not special(getattr(pipeline.source, "tokens", None), self.mask_id)
+        ):
             raise InputError(
                 f"the data has ids up to {vocab - 1}, which leaves no id for the mask, "
                 f"mask_id={self.mask_id}; set mask_id={vocab} and model.vocab={vocab + 1}, or "
@@ -245,6 +252,13 @@ class Unmask:
             )
         if model.causal:
             raise InputError("a model that unmasks sees both ways; set model.causal=False")
+        windows = getattr(model, "windows", ())
+        near = getattr(model, "positions", None) == "alibi" or any(windows)
+        if near and self.block is not None and not self._clean:
+            raise InputError(
+                f"objective.block={self.block} reads a text twice in one row, where windows "
+                "and ALiBi would count from one half to the other; give the model neither"
+            )
         if self.timed != hasattr(model, "condition"):
             kind = type(model).__name__
             raise InputError(
@@ -339,6 +353,11 @@ class Unmask:
 
         return nats_of
 
+    @property
+    def _clean(self) -> bool:
+        """True where all that is seen is clean: a decoder, which needs no noisy half."""
+        return self.block == 1 and self.shift
+
     def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
         how: dict[str, Any] = {
             "mask_id": self.mask_id,
@@ -355,8 +374,10 @@ class Unmask:
         segments = {n: batch[n] for n in ("segments",) if n in batch}
         if self.block is None:
             rows, given = noisy.tokens, given | segments
-            share = noisy.share[:, 0]
-        elif self.block == 1 and self.shift:  # All that is seen is clean.
+            real = batch["segments"] != 0 if segments else jnp.ones_like(tokens, bool)
+            may = self.hidden(batch).sum(1) / jnp.maximum(real.sum(1), 1)
+            share = noisy.share[:, 0] * may
+        elif self._clean:
             rows, given = tokens, given | segments | {"mask": Causal()}
             share = jnp.zeros(len(tokens))
         else:
@@ -379,10 +400,10 @@ class Unmask:
         return each, right, left
 
 
-def _special(pipeline: Any, token: int) -> bool:
-    """Whether a token is one that no text holds, by the tokenizer of the data."""
-    tokens = getattr(pipeline.source, "tokens", None)
-    lengths, tokenizer = (getattr(tokens, name, None) for name in ("lengths", "tokenizer"))
+def special(tokens: Any, token: int) -> bool:
+    """Whether a token is one that no text holds, by a tokenizer, or by data that have one."""
+    lengths = getattr(tokens, "lengths", None)
+    tokenizer = getattr(tokens, "tokenizer", tokens)
     around = (getattr(tokenizer, name, None) for name in ("begin", "end"))
     return lengths is not None and bool(lengths[token] == 0) and token not in around
 

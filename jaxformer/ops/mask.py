@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Int
 
 from jaxformer.ops import intervals as sets
 
+Halves = tuple[Sequence[sets.Interval], Sequence[sets.Interval]]
+
 
 class Mask(struct.PyTreeNode):
     """What every mask can do. `visible` is the specification of each."""
@@ -65,6 +67,15 @@ class Mask(struct.PyTreeNode):
     def pads(self) -> bool:
         """True where tokens may be padding: a query that sees nothing, an unseen key."""
         return False
+
+    @property
+    def doubled(self) -> bool:
+        """True where a row is [noisy, clean] halves of one sequence, which has `halves`."""
+        return False
+
+    def halves(self, q: Int[Array, " T"], S: int) -> Halves:
+        """The `ranges` of keys in either half of them, where a row is `doubled`."""
+        raise NotImplementedError(f"{type(self).__name__} knows no halves")
 
     def check(self, T: int, S: int) -> None:
         """Raises ValueError when the mask was made for other lengths."""
@@ -232,11 +243,18 @@ class BlockDiffusion(Mask):
         return (noisy_noisy | noisy_clean | clean_clean)[None]
 
     def ranges(self, q, S):
+        return [i for half in self.halves(q, S) for i in half]
+
+    @property
+    def doubled(self):
+        return True
+
+    def halves(self, q, S):
         half = S // 2
         noisy, begin = q < half, q % half // self.size * self.size
         end = jnp.minimum(begin + self.size, half)
         own = (jnp.where(noisy, begin, 0), jnp.where(noisy, end, 0))
-        return [own, (half, half + jnp.where(noisy, begin, end))]
+        return [own], [(half, half + jnp.where(noisy, begin, end))]
 
     def check(self, T, S):
         if T != S or T % 2:
@@ -253,6 +271,28 @@ class Twice(Mask):
     def visible(self, q, k, lengths):
         halves = (lengths[0] // 2, lengths[1] // 2)
         return self.mask.visible(q % halves[0], k % halves[1], halves)
+
+    def ranges(self, q, S):
+        return _at_most_two([i for half in self.halves(q, S) for i in half], self)
+
+    @property
+    def doubled(self):
+        return True
+
+    def halves(self, q, S):
+        half, noisy, clean = S // 2, [], []
+        for interval in self.mask.ranges(q[: q.size // 2], half):
+            start, stop = (jnp.asarray(bound, jnp.int32) for bound in interval)
+            # Its bounds may lie beyond the half, where the other one begins.
+            start, stop = (
+                jnp.concatenate(
+                    [jnp.broadcast_to(x.clip(0, half), (*x.shape[:-1], q.size // 2))] * 2, -1
+                )
+                for x in (start, stop)
+            )
+            noisy.append((start, stop))
+            clean.append((start + half, stop + half))
+        return noisy, clean
 
     def check(self, T, S):
         if T % 2 or S % 2:
@@ -274,7 +314,20 @@ class And(Mask):
         return self.a.visible(q, k, lengths) & self.b.visible(q, k, lengths)
 
     def ranges(self, q, S):
-        return _at_most_two(sets.both(self.a.ranges(q, S), self.b.ranges(q, S), S), self)
+        if self.a.doubled and self.b.doubled:
+            found = [i for half in self.halves(q, S) for i in half]
+        else:
+            found = sets.both(self.a.ranges(q, S), self.b.ranges(q, S), S)
+        return _at_most_two(found, self)
+
+    @property
+    def doubled(self):
+        return self.a.doubled or self.b.doubled
+
+    def halves(self, q, S):
+        pairs = zip(self.a.halves(q, S), self.b.halves(q, S), strict=True)
+        noisy, clean = (sets.both(a, b, S) for a, b in pairs)
+        return noisy, clean
 
     @property
     def pads(self):
@@ -306,9 +359,12 @@ class Or(Mask):
         self.b.check(T, S)
 
 
-def _at_most_two(found: Sequence[sets.Interval], mask: And | Or) -> Sequence[sets.Interval]:
+def _at_most_two(
+    found: Sequence[sets.Interval], mask: And | Or | Twice
+) -> Sequence[sets.Interval]:
     if len(found) > sets.MOST:
-        name = " and ".join(type(part).__name__ for part in (mask.a, mask.b))
+        parts = (mask.mask,) if isinstance(mask, Twice) else (mask.a, mask.b)
+        name = " and ".join(type(part).__name__ for part in parts)
         raise NotImplementedError(
             f"{type(mask).__name__} of {name} takes {len(found)} ranges of keys a query, and "
             f"a kernel at most {sets.MOST}"

@@ -73,8 +73,13 @@ def growing(
     before it too, now that it is filled; calls within a block only read. Blocks given before
     the first mask are computed a few at once, later ones in a call each.
     """
-    B, T = tokens.shape
     check(tokens, mask_id, block, law)
+    if getattr(canvas, "block", block) != block:
+        raise InputError(
+            f"block={block}, and the canvas has block={canvas.block}; give it the model's own, "
+            f"canvas.replace(block={block})"
+        )
+    B, T = tokens.shape
     keys = by_row(key, B)
     reveal = revealer(show, law, mask_id, T)
     of, since = jnp.arange(T) // block, begins(tokens, mask_id)
@@ -164,13 +169,21 @@ def refreshed(
       refresh: steps from one in which all is computed to the next; if not given, it is only
         the first of each block. 1 is the same as no cache.
       law: what is made of the logits before one draws.
-      end: if given, what follows a shown `end` becomes `end`.
+      end: if given, masks that follow an `end` become `end`, as of `unmask.sample`.
 
     Raises:
-      InputError: as `unmask.sample`; a `refresh` below 1.
+      InputError: as `unmask.sample`; a `refresh` below 1; another `keep`; a canvas of a model
+        of block diffusion.
     """
-    B, T = tokens.shape
     check(tokens, mask_id, block, law)
+    B, T = tokens.shape
+    if keep not in ("before", "around"):
+        raise InputError(f"keep={keep!r} must be before or around")
+    if getattr(canvas, "block", None) is not None:
+        raise InputError(
+            f"the canvas has block={canvas.block}, and refreshed is for models that see both "
+            "ways; draw from it by growing"
+        )
     if refresh is not None and refresh < 1:
         raise InputError(f"refresh={refresh} must be 1 step or more")
     keys = by_row(key, B)

@@ -59,10 +59,10 @@ class Show(Protocol):
     def share(
         self, number: Int[Array, ""], count: Int[Array, ""], last: Float[Array, ""], key: Array
     ) -> Float[Array, ""] | None:
-        """What share is masked, as the model is told before a step; None has it counted.
+        """What share of a block's masks the model is told are left; None has them counted.
 
         `number` and `count` are the block's steps and its masked tokens, `last` is the share
-        of the step before.
+        of the step before, 1 at first.
         """
         return None
 
@@ -162,7 +162,6 @@ class FirstHitting(Show):
 
     def share(self, number, count, last, key):
         """That of the moment of the next token."""
-        last = jnp.where(number == 0, 1.0, last)
         return last * uniform(key, ()) ** (1 / jnp.maximum(count, 1))
 
 
@@ -191,24 +190,25 @@ def sample(
 
     Args:
       denoise: `(tokens [B, T], share masked [B]) -> logits [B, T, V]`; see `guided`. The
-        share is that of the whole canvas, what is given included.
+        share is of the whole canvas, what is given included; where a `show` goes by the
+        time, of what was masked so many as are expected to be left.
       tokens: what is given, and `mask_id` where it is to be filled.
       key: one for all, or one for each row `[B]`, see `autoregressive.by_row`.
       mask_id: the token that says "masked"; it is never drawn.
       show: which are shown in a step.
       law: what is made of the logits before one draws; penalties for repetition are none.
       block: if given, blocks of so many tokens are filled one after the other.
-      end: if given, what follows a shown `end` becomes `end`, once all before it is shown;
+      end: if given, masks that follow an `end` become `end`, once all before it is shown;
         those of a prompt, before the first mask, end nothing.
       most: of steps, after which what is masked stays; no bound if not given.
 
     Raises:
-      InputError: blocks that do not divide T; a penalty; a mask that is no token of the
-        model; tokens without a mask, where they are at hand.
+      InputError: tokens that are no rows of ids; blocks that do not divide T; a penalty; a
+        mask that is no token of the model; tokens without a mask, where they are at hand.
     """
+    check(tokens, mask_id, block, law)
     B, T = tokens.shape
     size = T if block is None else block
-    check(tokens, mask_id, size, law)
     keys = by_row(key, B)
     of, at = jnp.arange(T) // size, jnp.broadcast_to(jnp.arange(T), (B, T))
     since = begins(tokens, mask_id)
@@ -219,36 +219,45 @@ def sample(
         some = (state[0] == mask_id).any()
         return some if most is None else some & (step < most)
 
-    def told(key, step, number, tokens, opened, last):
-        """The share masked that the model is told of a row."""
+    def told(key, step, number, masked, opened, begun, last):
+        """The share masked that the model is told of a row, and that of its block."""
         when = jax.random.split(jax.random.fold_in(key, step), 3)[2]
         own = show.share(number, opened.sum(), last, when)
-        return (tokens == mask_id).mean() if own is None else own
+        if own is None:
+            return masked.mean(), last
+        return ((masked & ~opened).sum() + own * begun) / T, own
 
     def body(carry):
-        (tokens, shown), (block_of, number, last), step = carry
+        (tokens, shown), (block_of, number, begun, last), step = carry
         masked = tokens == mask_id
         first = jnp.where(masked, of[None], T).min(1)
         opened = masked & (of[None] == first[:, None])
-        number = jnp.where(first != block_of, 0, number)
+        fresh = first != block_of
+        number, last = jnp.where(fresh, 0, number), jnp.where(fresh, 1.0, last)
+        begun = jnp.where(fresh, opened.sum(1), begun)
         steps = jnp.full(B, step)
-        share = jax.vmap(told)(keys, steps, number, tokens, opened, last)
+        share, last = jax.vmap(told)(keys, steps, number, masked, opened, begun, last)
         new = reveal(keys, steps, number, at, denoise(tokens, share), tokens, opened)
         new = new if end is None else closed(new, end, mask_id, since)
         shown = jnp.where((new != tokens) & masked, step, shown)
-        return (new, shown), (first, number + 1, share), step + 1
+        return (new, shown), (first, number + 1, begun, last), step + 1
 
     zeros = jnp.zeros(B, jnp.int32)
     state = (tokens, jnp.full((B, T), -1, jnp.int32))
-    start = (state, (zeros - 1, zeros, jnp.ones(B)), jnp.int32(0))
+    start = (state, (zeros - 1, zeros, zeros, jnp.ones(B)), jnp.int32(0))
     (tokens, shown), _, steps = jax.lax.while_loop(go_on, body, start)
     return Filled(tokens, shown, steps)
 
 
-def check(tokens: Int[Array, "B T"], mask_id: int, block: int, law: Law) -> None:
+def check(tokens: Array, mask_id: int, block: int | None, law: Law) -> None:
     """Raises InputError for what cannot be filled; see `sample`."""
+    if tokens.ndim != 2 or tokens.dtype != jnp.int32:
+        raise InputError(
+            f"tokens are {tokens.dtype} of shape {tokens.shape} and must be int32 ids [B, T]; "
+            "a canvas alone is tokens[None]"
+        )
     T = tokens.shape[1]
-    if T % block:
+    if block is not None and (block < 1 or T % block):
         raise InputError(f"block={block} must divide the canvas of {T} tokens")
     if law.looks_back:
         raise InputError("unmasking has no order; set repetition=1 in its law")
@@ -311,7 +320,8 @@ def closed(
 def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: int) -> Denoise:
     """Guidance without a classifier: away from what is guessed where `given` is masked too.
 
-    Logits are `without + (1 + scale) (with - without)`: LLaDA's; 0 is no guidance.
+    Logits are `without + (1 + scale) (with - without)`: LLaDA's; 0 is no guidance. What is
+    ruled out, by a logit of -inf with what is given, stays so.
     Source: Nie et al. 2024, arXiv 2410.18514.
     """
 
@@ -319,7 +329,8 @@ def guided(denoise: Denoise, given: Bool[Array, "B T"], scale: float, mask_id: i
         hidden = jnp.where(given, mask_id, tokens)
         shares = jnp.concatenate([share, (hidden == mask_id).mean(1)])
         with_it, without = jnp.split(denoise(jnp.concatenate([tokens, hidden]), shares), 2)
-        return without + (1 + scale) * (with_it - without)
+        found = without + (1 + scale) * (with_it - without)
+        return jnp.where(jnp.isneginf(with_it) | jnp.isneginf(without), with_it, found)
 
     return denoise_both
 

@@ -172,6 +172,9 @@ def test_a_model_of_the_next_token_goes_on_for_as_long():
 def test_what_does_not_fit_is_told():
     with pytest.raises(InputError, match="most=64 must be from 1 to 63"):
         dataclasses.replace(HOLES, most=64).check()
+    for name, value in (("before", 1.5), ("before", -0.5), ("count", 0)):
+        with pytest.raises(InputError, match=f"{name}={value} must be"):
+            dataclasses.replace(HOLES, **{name: value}).check()
     with pytest.raises(InputError, match="align=0 must be 1 token or more"):
         dataclasses.replace(HOLES, align=0).check()
     with pytest.raises(InputError, match="block=5 must divide length=64"):

@@ -53,7 +53,8 @@ def test_a_likelihood_is_the_bound_of_what_follows_its_context(kind, shift):
 
     def with_context(tokens, share):
         rows = jnp.broadcast_to(ids[:3], (len(tokens), 3))
-        return denoise(jnp.concatenate([rows, tokens], 1), share)[:, 3:]
+        # Told the share of the text, of which the context is half.
+        return denoise(jnp.concatenate([rows, tokens], 1), share / 2)[:, 3:]
 
     bound = float(exact(with_context, ids[3:], mask_id=MASK))
     assert found == pytest.approx(-bound, rel=0.02) and found != other
@@ -78,6 +79,30 @@ def test_a_model_of_blocks_is_refused():
         blocks = dataclasses.replace(trained, objective=objective)
         with pytest.raises(InputError, match="a model of block diffusion does not see"):
             UnmaskHarness(blocks, Bytes(), 12, mask_id=MASK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_id": 259}, "mask_id=259 must be an id of the model, below 259"),
+        ({"mask_id": ord("b")}, "mask_id=98 must be an id of the model, below 259, that no"),
+        ({"mask_id": MASK, "samples": 0}, "samples=0 must be 1 draw or more"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_told(options, message):
+    with pytest.raises(InputError, match=message):
+        UnmaskHarness(judge().trained, Bytes(), 12, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_change_what_is_filled_in(kind):
+    found = []
+    for length in (12, 20):
+        asked = judge(kind)
+        asked = UnmaskHarness(asked.trained, Bytes(), length, mask_id=MASK)
+        found.append(asked._go_on([list(b"abc")], 4, 0.0))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

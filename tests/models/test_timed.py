@@ -9,6 +9,7 @@ import pytest
 from jaxformer import convert
 from jaxformer.errors import InputError
 from jaxformer.layers.norm import RMSNorm
+from jaxformer.lora import Lora
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.mdlm import denoiser
 from jaxformer.models.timed import TimedDecoder
@@ -80,6 +81,36 @@ def test_the_objective_tells_it_the_times_of_its_draw(block):
         logits = jax.jit(MODEL.apply)({"params": params}, rows, share=share, **more)[:, :8]
     each = jnp.where(noisy.weight > 0, nats(logits, tokens, MASK) * noisy.weight, 0)
     np.testing.assert_allclose(found, each.sum() / tokens.size, rtol=1e-5)
+
+
+def test_a_prompt_is_of_the_text_whose_share_is_told():
+    """As a sampler tells it: of the tokens that are no padding, the prompt's among them."""
+    tokens, _, _ = case()
+    answer = jnp.array([[0, 0, 0, 1, 1, 1, 0, 0]] * 3)
+    segments = jnp.array([[1] * 6 + [0] * 2] * 3)
+    batch = {"tokens": tokens, "answer": answer, "segments": segments}
+    told = []
+
+    def apply(variables, rows, method=None, share=None, **inputs):
+        if share is not None:
+            told.append(((rows == MASK).sum(1) / 6, share))
+        inputs = {n: x for n, x in inputs.items() if n in ("segments", "mutable")}
+        more = {} if share is None else {"share": share}
+        return MODEL.apply(variables, rows, method=method, **more, **inputs)
+
+    Unmask(MASK, timed=True, chunk=None).measure(apply, case()[2], batch, jax.random.key(0))
+    for masked, share in told:
+        np.testing.assert_allclose(masked, share, rtol=1e-6)
+    assert told
+
+
+def test_within_a_lora_it_is_drawn_from_too():
+    tokens, _, _ = case()
+    wrapped = Lora(MODEL, rank=2)
+    params = nn.unbox(wrapped.init(jax.random.key(1), tokens, jnp.ones(3)))["params"]
+    found = denoiser(wrapped, params)(tokens, jnp.full(3, 0.5))
+    plain = denoiser(MODEL, wrapped.merged(params))(tokens, jnp.full(3, 0.5))
+    np.testing.assert_array_equal(found, plain)
 
 
 def test_who_is_told_the_time_and_who_is_not_must_fit():

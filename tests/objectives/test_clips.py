@@ -44,6 +44,8 @@ def test_padding_has_no_variance_and_a_step_divides_the_whole():
     how = {"mask_id": 9, "width": 1.0, "key": jax.random.key(0)}
     found = variances(guess, tokens, hidden=hidden, **how)
     assert np.isfinite(list(found.values())).all() and len(found) == 1
+    with pytest.raises(InputError, match=r"width=2.0 must be a share"):
+        variances(guess, tokens, **how | {"width": 2.0})
     with pytest.raises(InputError, match=r"step=0.3 must divide 1"):
         variances(guess, tokens, step=0.3, **how)
     assert all(c.high <= 1 for c in variances(guess, tokens, step=1 / 7, **how))

@@ -141,6 +141,8 @@ def test_ids_beyond_the_vocabulary_are_refused():
     with pytest.raises(InputError, match=said):
         NextToken().check(MODEL, SimpleNamespace(source=source))
     NextToken().check(MODEL, SimpleNamespace(source=SimpleNamespace(vocab=V)))
+    with pytest.raises(InputError, match=r"causal=False sees the next token; set model.causal"):
+        NextToken().check(MODEL.clone(causal=False), SimpleNamespace(source=None))
     with pytest.raises(InputError, match="chunk=0 must be 1 token or more"):
         NextToken(chunk=0)
 

@@ -150,6 +150,11 @@ def test_two_ranges_and_none():
     assert check_intervals((Causal() | SPANS) & Segments(TWO), 5, 5) == 2
     for T, size in ((8, 1), (8, 3), (10, 2), (10, 7)):
         assert check_intervals(BlockDiffusion(size), T, T) == 2
+    for size, ids in ((1, TWO), (2, TWO), (3, jnp.sort(TWO)), (5, IDS)):
+        assert check_intervals(BlockDiffusion(size) & Twice(Segments(ids)), 10, 10) == 2
+        assert check_intervals(Twice(Segments(ids)) & BlockDiffusion(size), 10, 10) == 2
+    assert check_intervals(Twice(Causal()), 10, 10) == 2
+    assert check_intervals(Twice(Window(1, 1)), 10, 10) == 2
     cross = Segments(TWO, jnp.array([[2, 2, 1], [0, 4, 3]]))
     assert check_intervals(cross, 5, 3) == 1
 
@@ -201,5 +206,7 @@ def test_both_halves_see_both_as_one_sees_itself():
     mask = Twice(Causal()).dense(4, 4)[0].astype(int)
     rows = ["".join(map(str, row)) for row in np.asarray(mask)]
     assert rows == ["1010", "1111", "1010", "1111"]
+    with pytest.raises(NotImplementedError, match="Twice of And takes 4 ranges"):
+        Twice((Causal() | SPANS) & Segments(TWO)).intervals(10, 10)
     with pytest.raises(ValueError, match="Twice takes two halves"):
         Twice(Causal()).dense(3, 3)

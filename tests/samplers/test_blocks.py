@@ -177,11 +177,19 @@ def test_a_batch_is_drawn_as_its_rows_alone(how, options):
         )
 
 
-def test_what_cannot_be_is_told():
+def test_what_cannot_be_is_told(unchecked):
     with pytest.raises(InputError, match="refresh=0 must be 1 step or more"):
         made(refreshed, show=Count(1), refresh=0)(canvases(), KEYS)
     with pytest.raises(InputError, match="block=4 must divide the canvas of 18 tokens"):
         made(growing, blocks=True, show=Count(1))(canvases()[:, :18], KEYS)
+    model, params = trained("rotary")
+    canvas, how = Canvas(model, {"params": params}), {"mask_id": MASK, "show": Count(1)}
+    with pytest.raises(InputError, match=r"canvas has block=None; .* canvas.replace\(block=4"):
+        growing(canvas, canvases(), KEYS, block=BLOCK, **how)
+    with pytest.raises(InputError, match="canvas has block=4, and refreshed is for models"):
+        refreshed(canvas.replace(block=4), canvases(), KEYS, block=BLOCK, **how)
+    with pytest.raises(InputError, match="keep='arround' must be before or around"):
+        refreshed(canvas, canvases(), KEYS, block=BLOCK, keep="arround", **how)
 
 
 @pytest.mark.parametrize("how", [growing, functools.partial(refreshed, keep="before")])
@@ -215,7 +223,7 @@ def test_a_model_that_is_told_the_time_has_no_cache():
     model = TimedDecoder(V, 16, 2, 24, 4, causal=False, condition=4)
     with pytest.raises(InputError, match="a TimedDecoder is told one share for all tokens"):
         growing(
-            Canvas(model, {"params": {}}), canvases(), KEYS,
+            Canvas(model, {"params": {}}, block=BLOCK), canvases(), KEYS,
             mask_id=MASK, show=Count(2), block=BLOCK,
         )  # fmt: skip
     with pytest.raises(InputError, match="a TimedDecoder is told one share for all tokens"):

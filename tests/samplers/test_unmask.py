@@ -162,6 +162,31 @@ def test_how_many_steps_it_takes(show, steps):
         assert made.shown[0].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
+@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("show", [Count(4), Chance(4), FirstHitting()], ids=str)
+def test_a_model_is_told_the_share_of_the_whole_canvas(show, block):
+    """What is given counts, and so do blocks to come; by the time, what is expected."""
+    told = []
+
+    def heard(tokens, share):
+        jax.debug.callback(lambda *x: told.append(x), (tokens == 6).mean(1)[0], share[0])
+        return peaked(tokens, share)
+
+    tokens = jnp.full((1, 12), 6).at[0, :4].set(1)
+    sample(heard, tokens, jax.random.key(0), mask_id=6, show=show, block=block)
+    jax.effects_barrier()
+    shares = [float(share) for _, share in told]
+    if show == Count(4):
+        assert shares == [float(masked) for masked, _ in told]
+    if show == Chance(
+        4
+    ):  # A block goes down in fourths of its own, 4 of 12, and may end early.
+        wanted = np.arange(8, 0, -2 if block is None else -1) / 12
+        assert all(np.abs(wanted - share).min() < 1e-6 for share in shares)
+        assert shares[0] == pytest.approx(8 / 12)
+    assert shares[0] <= 8 / 12 + 1e-6 and sorted(set(shares), reverse=True) == shares
+
+
 def test_what_is_given_stays_wherever_it_stands():
     tokens = jnp.array([[6, 6, 3, 3, 6, 6, 6, 1], [2, 2, 6, 6, 6, 6, 2, 2]])
     made = sample(peaked, tokens, jax.random.key(0), mask_id=6, show=Count(2), law=GREEDY)
@@ -247,10 +272,20 @@ def test_guidance_of_none_is_none_and_more_is_more():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_what_is_ruled_out_stays_so_with_guidance(scale):
+    banned = jnp.where(jnp.arange(7) == 2, -jnp.inf, 0.0)[None, None]
+    with_it = guided(lambda *x: peaked(*x) + banned, jnp.zeros((1, 4), bool), scale, 6)
+    found = with_it(jnp.full((1, 4), 6), jnp.ones(1))
+    assert jnp.isneginf(found[..., 2]).all() and not jnp.isnan(found).any()
+
+
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
         ([[6, 1, 2]], {"block": 2}, "block=2 must divide the canvas of 3 tokens"),
+        ([[6, 1, 2]], {"block": 0}, "block=0 must divide the canvas of 3 tokens"),
+        ([[6, 1, 2]], {"block": -3}, "block=-3 must divide the canvas of 3 tokens"),
         ([[6, 1], [1, 1]], {}, "row 1 has nothing masked: put mask_id=6"),
         ([[6, 1]], {"law": Law(repetition=1.2)}, "set repetition=1"),
     ],
@@ -264,6 +299,15 @@ def test_what_cannot_be_is_told(tokens, options, message):
         Count(0)
     with pytest.raises(InputError, match="mask_id=7 is no token of the model, whose ids end"):
         sample(peaked, jnp.array([[7, 1]]), jax.random.key(0), mask_id=7, show=Count(1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([6, 1], r"int32 of shape \(2,\) and must be int32 ids"), ([[6.0, 1.0]], "float32")],
+)
+def test_what_is_no_canvas_is_told(unchecked, tokens, message):
+    with pytest.raises(InputError, match=message):
+        sample(peaked, jnp.array(tokens), jax.random.key(0), mask_id=6, show=Count(1))
 
 
 def test_the_tail_is_drawn_as_often_as_it_weighs():

@@ -74,9 +74,10 @@ def growing(
     the first mask are computed a few at once, later ones in a call each.
     """
     check(tokens, mask_id, block, law)
-    if getattr(canvas, "block", block) != block:
+    own = getattr(canvas, "block", block)
+    if own != block:
         raise InputError(
-            f"block={block}, and the canvas has block={canvas.block}; give it the model's own, "
+            f"block={block}, and the canvas has block={own}; give it the model's own, "
             f"canvas.replace(block={block})"
         )
     B, T = tokens.shape
@@ -179,9 +180,10 @@ def refreshed(
     B, T = tokens.shape
     if keep not in ("before", "around"):
         raise InputError(f"keep={keep!r} must be before or around")
-    if getattr(canvas, "block", None) is not None:
+    own = getattr(canvas, "block", None)
+    if own is not None:
         raise InputError(
-            f"the canvas has block={canvas.block}, and refreshed is for models that see both "
+            f"the canvas has block={own}, and refreshed is for models that see both "
             "ways; draw from it by growing"
         )
     if refresh is not None and refresh < 1:

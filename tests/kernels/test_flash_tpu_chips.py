@@ -12,7 +12,7 @@ from jaxformer.kernels.case import Case
 from jaxformer.layers.attention import Attention
 from jaxformer.layers.norm import RMSNorm
 from jaxformer.ops.attention import attend
-from jaxformer.ops.mask import Causal, Segments
+from jaxformer.ops.mask import BlockDiffusion, Causal, Segments, Twice
 
 
 @pytest.mark.parametrize("T, H, K", [(4096, 128, 16), (2048, 256, 16), (2048, 128, 2)])
@@ -134,6 +134,23 @@ def test_eight_queries_to_a_key_fit_a_chip_where_documents_are_packed():
 
     program = tpu.compile_for(tpu.TOPOLOGIES["v5p"], both, q, k, k, ids)
     assert "flash_backward" in program.as_text()
+
+
+@pytest.mark.slow
+def test_block_diffusion_of_packed_documents_is_the_kernels():
+    """Forward and backward, on the chip with the least VMEM."""
+    q = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def both(q, k, v, ids):
+        def total(*x):
+            mask = BlockDiffusion(32) & Twice(Segments(ids))
+            return attend(*x, mask=mask).astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    program = tpu.compile_for(tpu.TOPOLOGIES["v5p"], both, q, q, q, ids).as_text()
+    assert "flash_forward" in program and "flash_backward" in program
 
 
 @pytest.mark.parametrize("kind, calls", [("TPU v6 lite", 1), ("TPU v5", 2)])

@@ -26,6 +26,7 @@ from jaxformer.ops.mask import (
     Prefix,
     Segments,
     Spans,
+    Twice,
     Window,
 )  # fmt: skip
 from jaxformer.ops.norm import Norm
@@ -94,6 +95,9 @@ CASES = {
     "spans alone": Case(64, 64, 72, mask=lambda T, S: spans(T)),
     "spans, packed": Case(mask=lambda T, S: (Causal() | spans(T)) & Segments(ids(2, T))),
     "block diffusion": Case(64, 64, 128, mask=lambda T, S: BlockDiffusion(5)),
+    "block diffusion, packed": Case(
+        64, 64, mask=lambda T, S: BlockDiffusion(5) & Twice(Segments(ids(2, T // 2)))
+    ),
     "scale and cap": Case(64, 64, scale=0.3, softcap=2.0),
     "bias": Case(64, 7, 64, 4, 2, bias=(2, 4)),
     "bias of all": Case(bias=(1, 1), mask=lambda T, S: Causal()),
@@ -129,7 +133,8 @@ IMPLEMENTATIONS = {
 }  # fmt: skip
 # And who runs which besides, where slow tests run.
 LATER = (
-    "packed, cross", "spans, packed", "block diffusion", "bias of all", "197 in half",
+    "packed, cross", "spans, packed", "block diffusion", "block diffusion, packed",
+    "bias of all", "197 in half",
     "layer norm and angles", "all in half",
 )  # fmt: skip
 BESIDES = {"chunked": EVERY, "tpu": LATER, "gpu": LATER}

@@ -42,7 +42,7 @@ def slope(f):
 KEPT = {
     "positions": Positions(AT, AT),
     "one row of them": Positions(AT[1:2], AT[1:2]),
-    "twice": Twice(Segments(IDS[:, :3])),
+    "twice": Twice(Positions(AT[:, :3], AT[:, :3])),
 }
 
 

@@ -175,8 +175,7 @@ def logits(y: Array, case: Case, b, n, t: Places, s: Places) -> tuple[Array, Arr
     if case.softcap is None:
         y = y * (case.scale * LOG2E)
     else:
-        # tanh from an exponential; right at both infinities.
-        y = 1 - 2 / (1 + jnp.exp2(y * (2 * LOG2E * case.scale / case.softcap)))
+        y = jnp.tanh(y * (case.scale / case.softcap))
         slope = 1 - y * y
         y = y * (case.softcap * LOG2E)
     if case.bias is not None:

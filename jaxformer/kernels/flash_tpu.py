@@ -36,12 +36,13 @@ from jaxformer.kernels.flash_tpu_tile import (
     prepared,
     sweep,
 )
-from jaxformer.kernels.lanes import Lanes, sides
+from jaxformer.kernels.lanes import LANES, Lanes, sides
 from jaxformer.kernels.outputs import output
 
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
 LEAST = tiles.LEAST
+PART = 512  # Keys, of which each part is a multiple.
 SHARE = 0.9  # Of VMEM, so much a kernel may hold;
 SPARE = 16 * 2**20  # and so many bytes more, where they are, the compiler in between.
 
@@ -57,7 +58,7 @@ def forward(q: Array, k: Array, v: Array, case: Case, *, interpret=False):
     """
     check(q, k, v, interpret)
     run = functools.partial(_forward, interpret=interpret)
-    return parts.forward(run, q, k, v, case, cut(q, k, case, backward=False))
+    return parts.forward(run, q, k, v, case, cut(q, k, case, interpret, backward=False))
 
 
 def check(q: Array, k: Array, v: Array, interpret: Any = False) -> None:
@@ -120,7 +121,7 @@ class Step:
 
 def _forward(q, k, v, case, part, *, interpret):
     (B, T, N, H), K, some = q.shape, k.shape[2], part.shape(k)
-    step = make_step(q, some, case, backward=False, widen=bool(interpret))
+    step = make_step(q, some, case, backward=False, widen=bool(interpret), room=part.size)
     lanes = step.lanes
     groups = K // lanes.K
     arrays, specs = inputs(q, k, v, case, part, step)
@@ -157,9 +158,10 @@ def _forward(q, k, v, case, part, *, interpret):
     return out.reshape(q.shape), lse.reshape(B, N, T)
 
 
-def make_step(q, k, case, *, backward, widen=False) -> Step:
-    """Chooses tiles and heads a step."""
+def make_step(q, k, case, *, backward, widen=False, room=0) -> Step:
+    """Chooses tiles and heads a step; where it is for a part of keys, `room` for so many."""
     (_, T, N, H), (_, S, K, _) = q.shape, k.shape
+    most = max(S, room)
     masked = case.intervals is not None
     if masked and case.known is not None:
         tile = tiles.tpu_known(T, S, H, backward=backward)
@@ -176,19 +178,28 @@ def make_step(q, k, case, *, backward, widen=False) -> Step:
         lanes = Lanes.of(N, K, H, 128)
     step = Step(lanes, tile, T, S, masked, widen=widen)
     block, row = held(step, k, case, backward=backward)
-    if lanes.N * H > 1024 and tile.queries > 512 and block + S * row > SHARE * LEAST:
-        step = dataclasses.replace(step, tile=dataclasses.replace(tile, queries=512, chunk=512))
+    if lanes.N * H > 1024 and tile.queries > 512 and block + most * row > SHARE * LEAST:
+        step = fewer(step, 512)
         block, row = held(step, k, case, backward=backward)
-    step = dataclasses.replace(step, single=block + S * row > SHARE * LEAST)
+    step = dataclasses.replace(step, single=block + most * row > SHARE * LEAST)
     block, row = held(step, k, case, backward=backward)
-    if lanes.uneven and block + S * row > SHARE * vmem():
+    if lanes.uneven and block + most * row > SHARE * vmem():
         step = dataclasses.replace(step, lanes=dataclasses.replace(lanes, astride=True))
         block, row = held(step, k, case, backward=backward)
-        if block + S * row > SHARE * vmem() and tile.queries > 256:
-            step = dataclasses.replace(
-                step, tile=dataclasses.replace(step.tile, queries=256, chunk=256)
-            )
+        if block + most * row > SHARE * vmem() and tile.queries > 256:
+            step = fewer(step, 256)
+            block, row = held(step, k, case, backward=backward)
+    # Many heads of queries to a key, or of a bias: a part of the keys has to fit beside them.
+    while block + min(most, PART) * row > SHARE * vmem() and step.tile.queries > LANES:
+        step = fewer(step, max(LANES, step.tile.queries // 2 // LANES * LANES))
+        block, row = held(step, k, case, backward=backward)
     return step
+
+
+def fewer(step: Step, queries: int) -> Step:
+    """A step that takes so many queries at a time."""
+    tile = dataclasses.replace(step.tile, queries=queries, chunk=queries)
+    return dataclasses.replace(step, tile=tile)
 
 
 def held(step, k, case, *, backward) -> tuple[int, int]:
@@ -206,15 +217,28 @@ def held(step, k, case, *, backward) -> tuple[int, int]:
         heads = lanes.N if case.bias.shape[1] > 1 else 1
         grown = 4 * lanes.N if backward and case.learns_bias else 0
         row += 2 * step.tile.queries * (heads * case.bias.dtype.itemsize + grown)
-    more = (lanes.span - lanes.width) * (2 if backward else 1) * lanes.N
-    return step.tile.queries * (flat * lanes.G * (12 if backward else 8) + more) * size, row
+    # Of queries: blocks that come and go, each twice; windows of their own; and what is made
+    # of them in float32. Backward a part holds one block more, in what is spared.
+    blocks, windows = (4, 2) if backward else (2, 1)
+    each = (2 * blocks * size + 4) * flat * lanes.G + windows * size * lanes.N * lanes.span
+    return step.tile.queries * each, row
 
 
-def cut(q, k, case, *, backward) -> list[parts.Part]:
-    """Parts of the keys, each short enough to lie in VMEM whole."""
+def cut(q, k, case, interpret: Any = False, *, backward) -> list[parts.Part]:
+    """Parts of the keys, each short enough to lie in VMEM whole.
+
+    Raises:
+      NotImplementedError: on a chip, not even one part fits beside a block of queries.
+    """
     step = make_step(q, k, case, backward=backward)
     block, row = held(step, k, case, backward=backward)
-    return parts.cut(step.S, max(512, int(SHARE * vmem() - block) // row // 512 * 512))
+    room, size = int(SHARE * vmem()), min(step.S, PART)
+    if block + size * row > room and not interpret:
+        raise NotImplementedError(
+            f"{step.lanes.N} heads a step and {size} keys need {(block + size * row) >> 20} "
+            f"MiB of VMEM, and there are {room >> 20}"
+        )
+    return parts.cut(step.S, max(PART, (room - block) // row // PART * PART))
 
 
 def vmem() -> int:

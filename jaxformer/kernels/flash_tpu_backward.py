@@ -63,7 +63,7 @@ def backward(
         given = (out, lse, d_out, d_lse) if rest is None else (None, lse, d_out, rest)
         return _backward(q, k, v, case, part, found, *given, interpret=interpret)
 
-    return parts.backward(run, case, forward.cut(q, k, case, backward=True))
+    return parts.backward(run, case, forward.cut(q, k, case, interpret, backward=True))
 
 
 def _backward(q, k, v, case, part, before, out, lse, d_out, d_lse, *, interpret):
@@ -72,7 +72,9 @@ def _backward(q, k, v, case, part, before, out, lse, d_out, d_lse, *, interpret)
     What is taken from a query's logits' gradients is `sum(out * d_out) - d_lse`.
     """
     (B, T, N, H), K, some = q.shape, k.shape[2], part.shape(k)
-    step = forward.make_step(q, some, case, backward=True, widen=bool(interpret))
+    step = forward.make_step(
+        q, some, case, backward=True, widen=bool(interpret), room=part.size
+    )
     lanes = step.lanes
     groups = K // lanes.K
     arrays, specs = forward.inputs(q, k, v, case, part, step)
@@ -240,7 +242,7 @@ def _load_keys(refs, out, scr, case, step):
     def some(start, size):
         rows = pl.ds(start, size)
         windows = {"k": prepared(lanes, refs, "k", case.k, rows)}
-        windows["v"] = lanes.split(refs["v"].at[0, rows])
+        windows["v"] = lanes.split(refs["v"], rows)
         for name in windows:
             if name in scr:
                 lay(lanes, windows[name], scr[name], rows)
@@ -310,10 +312,10 @@ def _store(refs, out, scr, case, step):
         rows = pl.ds(start, size)
         windows = (x * case.scale for x in laid(lanes, scr["dk"], rows))
         if case.k.plain:
-            lanes.store(out["k"].at[0, rows], windows)
+            lanes.store(out["k"], windows, rows)
         else:
             _unprepare(refs, {}, out, "k", windows, case.k, lanes, start, size, None)
-        lanes.store(out["v"].at[0, rows], laid(lanes, scr["dv"], rows))
+        lanes.store(out["v"], laid(lanes, scr["dv"], rows), rows)
 
     by_rows(some, step.S, step.windows, step)
 
@@ -332,8 +334,8 @@ def _unprepare(refs, before, out, name, windows, side, lanes, start, size, rest)
         read |= angles
 
     def each():
-        more = lanes.split(before[name].at[0, rows]) if before else itertools.repeat(None)
-        pairs = zip(windows, lanes.split(refs[name].at[0, rows]), strict=True)
+        more = lanes.split(before[name], rows) if before else itertools.repeat(None)
+        pairs = zip(windows, lanes.split(refs[name], rows), strict=True)
         for (g, x), y in zip(pairs, more, strict=False):
             x = x.astype(jnp.float32)
             if row is not None:
@@ -344,4 +346,4 @@ def _unprepare(refs, before, out, name, windows, side, lanes, start, size, rest)
                 out[f"{name}_norm"][0, 0, 1:2] += d_shift
             yield g if y is None else g + y.astype(jnp.float32)
 
-    lanes.store(out[name].at[0, rows], each())
+    lanes.store(out[name], each(), rows)

@@ -34,7 +34,7 @@ def read_side(refs, rows) -> dict[str, Array]:
 def prepared(lanes, refs, name, side, rows):
     """Windows of some queries or keys one by one, normalised and rotated in float32."""
     read = read_side(refs["sides"][name], rows)
-    for w in lanes.split(refs[name].at[0, rows]):
+    for w in lanes.split(refs[name], rows):
         if side.plain:
             yield w
         else:
@@ -71,7 +71,7 @@ def window_of(head, rows, step) -> tuple:
 def lay(lanes, windows, scr, rows):
     """Lays windows of some rows of keys into scratch."""
     if lanes.astride:
-        lanes.store(scr.at[0, rows], windows)
+        lanes.store(scr, windows, rows)
         return
     for u, w in enumerate(windows):
         scr[u, rows] = w
@@ -80,7 +80,7 @@ def lay(lanes, windows, scr, rows):
 def laid(lanes, scr, rows):
     """The windows of some rows in scratch, one by one."""
     if lanes.astride:
-        yield from lanes.split(scr.at[0, rows])
+        yield from lanes.split(scr, rows)
     else:
         for u in range(scr.shape[0]):
             yield scr[u, rows]
@@ -131,7 +131,10 @@ def logits(refs, q, k, place, head, first, start, case, step, bounds):
         query = before + lax.broadcasted_iota(jnp.int32, s.shape, 1)
         s -= steep * jnp.abs(query - (start + index)).astype(jnp.float32)
     if isinstance(bounds, int):
-        return s + refs["unseen"][bounds, : s.shape[0], : s.shape[1]], None, slope
+        unseen = refs["unseen"][bounds, : s.shape[0], : s.shape[1]]
+        if case.bias is not None:  # Which may be anything where no one looks.
+            return jnp.where(unseen < 0, unseen, s), None, slope
+        return s + unseen, None, slope
     if not bounds:
         return s, None, slope
     rows, seen = refs["intervals"][0, :, pl.ds(first, q.shape[0])] - start, []

@@ -84,24 +84,26 @@ class Lanes:
             return min(tile, last) * LANES
         return pl.multiple_of(jnp.minimum(tile, last) * LANES, LANES)
 
-    def split(self, x) -> Iterator[Array]:
+    def split(self, x, rows=slice(None)) -> Iterator[Array]:
         """`[rows, n * H]` -> n / heads windows `[rows, width]`, zero where there is no head.
 
-        `x` is an array, or the view of one in VMEM, which is then read window by window.
+        `x` is an array, or one `[1, T, n * H]` in VMEM, of which these rows are read window
+        by window: by value, as a view of rows must end where a register does.
         """
-        size = self.heads * self.H
-        for start in range(0, x.shape[1], size):
-            part = x[:, start : start + size]
+        size, whole = self.heads * self.H, x.ndim == 2
+        for start in range(0, x.shape[-1], size):
+            at = (rows, slice(start, start + size))
+            part = x[at] if whole else x[0, *at]
             if size < self.width:
                 spare = jnp.zeros((part.shape[0], self.width - size), part.dtype)
                 part = jnp.concatenate([part, spare], 1)
             yield part
 
-    def store(self, ref, windows: Iterable[Array]) -> None:
-        """Writes windows side by side into `[rows, n * H]`, one after the other."""
+    def store(self, ref, windows: Iterable[Array], rows) -> None:
+        """Writes windows side by side into rows of `[1, T, n * H]`, one after the other."""
         size = self.heads * self.H
         for u, w in enumerate(windows):
-            ref[:, u * size : (u + 1) * size] = w[:, :size].astype(ref.dtype)
+            ref[0, rows, u * size : (u + 1) * size] = w[:, :size].astype(ref.dtype)
 
     def key_head(self, head):
         """The key head of a query head."""

@@ -7,9 +7,12 @@ program. Where they are known, spans of keys for which a kernel is written.
 import itertools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+AT_ONCE = 2**22  # Bounds of queries that are held against tiles of keys together.
 
 
 class Visits(NamedTuple):
@@ -51,18 +54,23 @@ def kinds(intervals: Array, S: int, bq: int, bk: int) -> Array:
     b, n, T = intervals.shape
     blocks = -(-T // bq)
     rows = jnp.pad(intervals, ((0, 0), (0, 0), (0, blocks * bq - T)), mode="edge")
-    rows = rows.reshape(b, n // 2, 2, blocks, bq, 1)
-    start, stop = rows[:, :, 0], rows[:, :, 1]
-    first = jnp.arange(0, S, bk, dtype=jnp.int32)[(None,) * 4]
+    rows = jnp.moveaxis(rows.reshape(b, n // 2, 2, blocks, bq, 1), 3, 0)
+    first = jnp.arange(0, S, bk, dtype=jnp.int32)[(None,) * 3]
     last = first + bk
-    some = jnp.maximum(start, first) < jnp.minimum(stop, last)
-    whole = ((start <= first) & (stop >= last)).any(1)
-    if n == 4:
-        for a, c in ((0, 1), (1, 0)):  # One interval begins where the other ends.
-            joined = (start[:, a] <= first[:, 0]) & (stop[:, a] >= start[:, c])
-            whole |= joined & (stop[:, c] >= last[:, 0])
-    kind = jnp.where(whole.all(2), 0, jnp.where(some.any((1, 3)), 1, 2))
-    return kind.astype(jnp.int32)
+
+    def block(rows):
+        start, stop = rows[:, :, 0], rows[:, :, 1]
+        some = jnp.maximum(start, first) < jnp.minimum(stop, last)
+        whole = ((start <= first) & (stop >= last)).any(1)
+        if n == 4:
+            for a, c in ((0, 1), (1, 0)):  # One interval begins where the other ends.
+                joined = (start[:, a] <= first[:, 0]) & (stop[:, a] >= start[:, c])
+                whole |= joined & (stop[:, c] >= last[:, 0])
+        return jnp.where(whole.all(1), 0, jnp.where(some.any((1, 2)), 1, 2)).astype(jnp.int32)
+
+    # All queries by all tiles are more than a long row's attention takes itself.
+    few = max(1, AT_ONCE // (rows[0].size * first.size))
+    return jnp.moveaxis(jax.lax.map(block, rows, batch_size=min(few, blocks)), 0, 1)
 
 
 # The keys each chunk of queries sees: (start, size, what, some). `what` is the number of the

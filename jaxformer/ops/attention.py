@@ -1,6 +1,7 @@
 """`attend`: softmax attention, its meaning, and the choice of who computes it."""
 
 import contextlib
+import math
 import numbers
 from collections.abc import Sequence
 
@@ -102,11 +103,13 @@ def explain(
     *,
     platform: str = "tpu",
     impl: Impl = "auto",
+    lse: bool = False,
     **options,
 ) -> str:
     """Says who would compute an attention on a platform, and why not the others.
 
-    `explain((8, 197, 12, 64), (8, 197, 12, 64), platform="cuda")`; on one device.
+    `explain((8, 197, 12, 64), (8, 197, 12, 64), platform="cuda")`; on one device. Where this
+    process has no GPU, one of CUDA is taken to have cuDNN.
 
     Args:
       q: the shape of the queries, `B T N H`.
@@ -114,20 +117,22 @@ def explain(
       dtype: of all three.
       platform: "tpu", "cuda" (or "gpu") or "cpu".
       impl: as for `attend`.
+      lse: whether it is `attend_lse` that is called.
       **options: as for `attend`, from `mask` to `angles`.
     """
     platform = {"gpu": "cuda"}.get(platform, platform)
     if platform not in ("tpu", "cuda", "cpu"):
         raise ValueError(f"platform={platform!r} must be one of tpu, cuda, gpu, cpu")
-    choices = {}
+    choices, here = {}, platform != "cuda" or jax.default_backend() == "gpu"
 
     def both(q, k, v):
-        problem, _ = _problem(q, k, v, impl=impl, lse=False, **options)
+        problem, _ = _problem(q, k, v, impl=impl, lse=lse, **options)
         if impl in choose.XLA:
             choices["forward"] = choices["backward"] = choose.Choice(impl, {})
             return
-        (out, lse), choices["forward"] = choose.forward(problem, platform)
-        _, choices["backward"] = choose.backward(problem, out, lse, out, None, platform)
+        (out, total), choices["forward"] = choose.forward(problem, platform, here)
+        given = (out, total, out, total if lse else None)
+        _, choices["backward"] = choose.backward(problem, *given, platform, here)
 
     x = (jax.ShapeDtypeStruct(tuple(shape), dtype) for shape in (q, k, k))
     jax.eval_shape(both, *x)
@@ -179,8 +184,9 @@ def weights(
     logits = logits.reshape(B, N, T, S)
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     seen = mask.visible(jnp.arange(T), jnp.arange(S), (T, S))[:, None]
-    found = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(logits.dtype).min))
-    return jnp.where(seen, found, 0)
+    found = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf))
+    # Of a row without keys, or whose bias leaves none, nothing.
+    return jnp.where(seen & jnp.isfinite(found), found, 0)
 
 
 def _attend(q, k, v, *, impl, lse, **options):
@@ -285,7 +291,7 @@ def known(mask: Mask, intervals) -> Known | None:
 def _scale(scale, H: int) -> float:
     if scale is None:
         return H**-0.5
-    if not isinstance(scale, numbers.Real):
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale must be a number, got {scale!r}; multiply q by an array")
     return float(scale)
 
@@ -293,7 +299,7 @@ def _scale(scale, H: int) -> float:
 def _softcap(softcap) -> float | None:
     if softcap is None:
         return None
-    if not isinstance(softcap, numbers.Real) or not float(softcap) > 0:
+    if not isinstance(softcap, numbers.Real) or not 0 < float(softcap) < math.inf:
         raise ValueError(f"softcap must be a number above 0, got {softcap!r}")
     return float(softcap)
 

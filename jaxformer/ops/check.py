@@ -1,22 +1,27 @@
 """What `attend` refuses: one sentence that names the argument, its shape and the rule."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxformer.ops.alibi import Alibi
+from jaxformer.ops.mask import Mask
 
 
 def shapes(q, k, v, mask, bias, norm, angles) -> None:
     """Raises ValueError where the arguments of `attend` do not agree."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {x.shape} and must be [B, T, heads, H]")
+        if not hasattr(x, "ndim") or x.ndim != 4:
+            found = getattr(x, "shape", type(x).__name__)
+            raise ValueError(f"{name} has shape {found} and must be [B, T, heads, H]")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype} and must be of floating point")
     (B, T, N, H), (_, S, K, _) = q.shape, k.shape
     if k.shape != v.shape:
         raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
     if k.shape[0] != B or k.shape[3] != H:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head size")
-    if not (T and S and K):
-        raise ValueError(f"q {q.shape} and k {k.shape} must have a token and a head at least")
+    if not (B and T and S and N and K and H):
+        raise ValueError(f"q {q.shape} and k {k.shape} must have one of each at least")
     if N % K:
         raise ValueError(f"q has {N} heads, which must be a multiple of the {K} of k")
     _bias(bias, (B, N, T, S))
@@ -24,6 +29,11 @@ def shapes(q, k, v, mask, bias, norm, angles) -> None:
         _norm(norm, H)
     if angles is not None:
         _angles(angles, q, k)
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is {type(mask).__name__} and must be one of ops.mask; of an array, add "
+            "jnp.where(seen, 0, -jnp.inf) as bias"
+        )
     mask.check(T, S)
 
 
@@ -52,6 +62,10 @@ def _bias(bias, whole) -> None:
             )
     elif bias is not None:
         # A bias is as large as the logits: of what may be 1, only batch and heads.
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise ValueError(
+                f"bias is {bias.dtype} and must be of floating point, as it is added to logits"
+            )
         fits = bias.ndim == 4 and bias.shape[2:] == whole[2:]
         if not fits or any(a not in (1, b) for a, b in zip(bias.shape, whole, strict=True)):
             raise ValueError(
@@ -70,12 +84,14 @@ def _norm(norm, H: int) -> None:
                     f"norm: the {part} for {name} has shape {x.shape} and must be ({H},), "
                     "the head size"
                 )
+        if side is not None and not side.epsilon > 0:
+            raise ValueError(f"norm: epsilon={side.epsilon} for {name} must be above 0")
 
 
 def _angles(angles, q, k) -> None:
     pair = angles if isinstance(angles, tuple) else (angles, angles)
-    if len(pair) != 2:
-        raise ValueError(f"angles must be one array or a pair, got {len(pair)}")
+    if len(pair) != 2 or any(turn is None for turn in pair):
+        raise ValueError(f"angles must be one array or a pair of them, got {pair!r}")
     for name, turn, x in zip("qk", pair, (q, k), strict=True):
         B, T, _, H = x.shape
         if (

@@ -74,30 +74,33 @@ class Choice:
         return self.name + refused
 
 
-def forward(problem: Problem, platform: str | None):
-    """`(out, lse)` by the first who can, and the choice. None is any other platform."""
+def forward(problem: Problem, platform: str | None, here: bool = True):
+    """`(out, lse)` by the first who can, and the choice. None is any other platform.
+
+    Not `here`, cuDNN is taken to be there, and nothing may be computed.
+    """
     p = problem
 
     def run(name):
         if name in XLA:
             return XLA[name].forward(p.q, p.k, p.v, p.case, p.mask)
         if name == "cudnn":
-            return cudnn.forward(p.q, p.k, p.v, p.case, p.how.causal)
+            return cudnn.forward(p.q, p.k, p.v, p.case, p.how.causal, here)
         kernel = KERNELS[name]
         return kernel.forward(p.q, p.k, p.v, p.case, interpret=platform != kernel.home)
 
     return _first(problem, platform, run)
 
 
-def backward(problem: Problem, out, lse, d_out, d_lse, platform: str | None):
-    """`Gradients` by the first who can, and the choice."""
+def backward(problem: Problem, out, lse, d_out, d_lse, platform: str | None, here=True):
+    """`Gradients` by the first who can, and the choice; see `forward`."""
     p = problem
 
     def run(name):
         if name in XLA:
             return XLA[name].backward(p.q, p.k, p.v, p.case, out, lse, d_out, d_lse, p.mask)
         if name == "cudnn":
-            return cudnn.backward(p.q, p.k, p.v, p.case, p.how.causal, d_out)
+            return cudnn.backward(p.q, p.k, p.v, p.case, p.how.causal, d_out, here)
         kernel = KERNELS[name]
         given = (p.q, p.k, p.v, p.case, out, lse, d_out, d_lse)
         return kernel.backward(*given, interpret=platform != kernel.home)

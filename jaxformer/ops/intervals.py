@@ -19,6 +19,15 @@ Interval = tuple[Bound, Bound]
 MOST = 2
 
 
+# Farther than any token; the sum of two of it and a row's length is no overflow.
+FAR = 2**29
+
+
+def near(n: Bound) -> Bound:
+    """A number of places, at most `FAR` of them either way."""
+    return max(-FAR, min(n, FAR)) if isinstance(n, int) else jnp.clip(n, -FAR, FAR)
+
+
 def is_all(interval: Interval, S: int) -> bool:
     """True where the interval is known to hold all `S` keys."""
     start, stop = interval

@@ -12,6 +12,7 @@ most two ranges of keys for each query, which is what a kernel reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +88,16 @@ class Mask(struct.PyTreeNode):
         return Or(self, other)
 
 
+def _number(name: str, n: Any, rows: bool = False) -> None:
+    """Raises ValueError where `n` is no whole number, or with `rows` no row of them."""
+    if n is None or isinstance(n, int):
+        return
+    shape, dtype = jnp.shape(n), jnp.result_type(n)
+    if len(shape) > rows or not jnp.issubdtype(dtype, jnp.integer):
+        kind = "an integer, or one for each row [B]" if rows else "one integer for all rows"
+        raise ValueError(f"{name} is {dtype} of shape {shape} and must be {kind}")
+
+
 class Full(Mask):
     """Every query sees every key."""
 
@@ -103,10 +114,13 @@ class Causal(Mask):
     offset: int | Int[Array, ""] = 0
 
     def visible(self, q, k, lengths):
-        return (k[None, :] <= q[:, None] + self.offset)[None]
+        return (k[None, :] <= q[:, None] + sets.near(self.offset))[None]
 
     def ranges(self, q, S):
-        return [(0, q + self.offset + 1)]
+        return [(0, q + sets.near(self.offset) + 1)]
+
+    def check(self, T, S):
+        _number("Causal.offset", self.offset)
 
 
 class Window(Mask):
@@ -117,7 +131,7 @@ class Window(Mask):
     offset: int | Int[Array, ""] = 0
 
     def visible(self, q, k, lengths):
-        distance = k[None, :] - (q[:, None] + self.offset)
+        distance = k[None, :] - (q[:, None] + sets.near(self.offset))
         seen = jnp.ones(distance.shape, bool)
         if self.left is not None:
             seen &= distance >= -self.left
@@ -126,9 +140,13 @@ class Window(Mask):
         return seen[None]
 
     def ranges(self, q, S):
-        q = q + self.offset
-        start = 0 if self.left is None else q - self.left
-        return [(start, S if self.right is None else q + self.right + 1)]
+        q = q + sets.near(self.offset)
+        start = 0 if self.left is None else q - sets.near(self.left)
+        stop = S if self.right is None else q + sets.near(self.right) + 1
+        return [(start, stop)]
+
+    def check(self, T, S):
+        _number("Window.offset", self.offset)
 
 
 class Prefix(Mask):
@@ -137,13 +155,16 @@ class Prefix(Mask):
     length: int | Int[Array, "*B"]
 
     def visible(self, q, k, lengths):
-        length = jnp.reshape(jnp.asarray(self.length), (-1, 1, 1))
+        length = jnp.reshape(jnp.asarray(sets.near(self.length)), (-1, 1, 1))
         seen = k[None, None, :] < length
         return jnp.broadcast_to(seen, (len(length), q.size, k.size))
 
     def ranges(self, q, S):
-        length = jnp.reshape(jnp.asarray(self.length, jnp.int32), (-1, 1))
+        length = jnp.reshape(jnp.asarray(sets.near(self.length), jnp.int32), (-1, 1))
         return [(0, jnp.broadcast_to(length, (len(length), q.size)))]
+
+    def check(self, T, S):
+        _number("Prefix.length", self.length, rows=True)
 
     @property
     def pads(self):
@@ -201,6 +222,14 @@ class Spans(Mask):
 
     start: Int[Array, "B n"]
     stop: Int[Array, "B n"]
+
+    def check(self, T, S):
+        shapes = jnp.shape(self.start), jnp.shape(self.stop)
+        if len(shapes[0]) != 2 or shapes[0] != shapes[1] or not shapes[0][1]:
+            raise ValueError(
+                f"Spans.start {shapes[0]} and Spans.stop {shapes[1]} must both be [B, n], of "
+                "one span or more; an unused one has stop <= start"
+            )
 
     def visible(self, q, k, lengths):
         def inside(position):

@@ -239,7 +239,7 @@ def test_parts_are_the_whole(name, monkeypatch):
     monkeypatch.setattr(flash_tpu, "LEAST", 2**20)
     found = jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d)
     for backward in (False, True):
-        assert len(flash_tpu.cut(q, k, case, backward=backward)) == 3
+        assert len(flash_tpu.cut(q, k, case, True, backward=backward)) == 3
     same(found, jit(differentiated)(q, k, v, case, *d))
 
 
@@ -262,7 +262,7 @@ def test_heads_astride_of_lanes_are_heads(name, monkeypatch):
     monkeypatch.setattr(flash_tpu, "LEAST", 2**18)
     for backward in (False, True):
         assert flash_tpu.make_step(q, k, case, backward=backward).lanes.astride
-        assert len(flash_tpu.cut(q, k, case, backward=backward)) == 1
+        assert len(flash_tpu.cut(q, k, case, True, backward=backward)) == 1
     found = jax.jit(kernels.__wrapped__, compiler_options=FAST)(q, k, v, case, *d)
     same(found, jit(differentiated)(q, k, v, case, *d))
 

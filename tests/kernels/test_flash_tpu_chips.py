@@ -136,6 +136,39 @@ def test_eight_queries_to_a_key_fit_a_chip_where_documents_are_packed():
     assert "flash_backward" in program.as_text()
 
 
+UNEVEN = {  # T, query heads, key heads, head size, and whether each head has a bias
+    "a last part of no eight": (4097, 16, 16, 72, False),
+    "the same of a bias": (577, 16, 16, 72, True),
+    "48 heads of queries to a key": (2048, 48, 1, 128, False),
+    "a bias of 25 heads": (577, 25, 25, 64, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNEVEN)
+def test_what_fills_a_v5p_compiles_for_it(name):
+    """Forward and backward: its 64 MiB hold some of the keys, or of the queries."""
+    T, N, K, H, biased = UNEVEN[name]
+    q, k = (jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (N, K))
+    bias = jax.ShapeDtypeStruct((1, N, T, T), jnp.float32) if biased else None
+
+    def both(q, k, v, bias):
+        def total(*x):
+            return attend(*x[:3], bias=x[3]).astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2, 3) if biased else (0, 1, 2))(q, k, v, bias)
+
+    program = tpu.compile_for(tpu.TOPOLOGIES["v5p"], both, q, k, k, bias).as_text()
+    assert "flash_forward" in program and "flash_backward" in program
+
+
+def test_more_than_a_chip_holds_is_no_kernels():
+    """500 heads of queries to a key, of which even 128 queries are too many."""
+    q, k = (jax.ShapeDtypeStruct((1, 1024, n, 128), jnp.float32) for n in (500, 1))
+    with pytest.raises(NotImplementedError, match="500 heads a step and 512 keys need"):
+        jax.eval_shape(lambda q, k: flash_tpu.forward(q, k, k, Case()), q, k)
+
+
 @pytest.mark.slow
 def test_block_diffusion_of_packed_documents_is_the_kernels():
     """Forward and backward, on the chip with the least VMEM."""

@@ -1,6 +1,7 @@
 """What `attend` promises beside its numbers: padding, memory, errors, and saying why."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from jaxformer.ops.alibi import Alibi, alibi_slopes
 from jaxformer.ops.attention import attend, attend_lse, explain, max_logit, weights
-from jaxformer.ops.mask import Causal, Mask, Positions, Prefix, Segments, Spans
+from jaxformer.ops.mask import Causal, Full, Mask, Positions, Prefix, Segments, Spans, Window
 from jaxformer.ops.norm import Norm
 
 IDS = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0]])
@@ -187,6 +188,8 @@ def test_explain_says_who_and_why():
     long = functools.partial(explain, (2, 2048, 4, 64), (2, 2048, 4, 64), platform="cuda")
     assert "a mask that is not causal" in long(mask=Causal() & Causal(1))
     assert "bias" in long(bias=Alibi(jnp.ones(4)))
+    assert long() == "forward: cudnn\nbackward: cudnn", "as a GPU would, and not this machine"
+    assert "gpu; not cudnn: cuDNN gives no logsumexp" in long(lse=True)
 
 
 BAD = {
@@ -214,7 +217,32 @@ BAD = {
     ),
     "scale": ({"scale": jnp.ones(8)}, "scale must be a number"),
     "softcap": ({"softcap": 0.0}, "softcap must be a number above 0, got 0.0"),
-    "nothing": ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "must have a token and a head at"),
+    "infinite softcap": ({"softcap": jnp.inf}, "softcap must be a number above 0, got inf"),
+    "no scale": ({"scale": float("nan")}, "scale must be a number, got nan"),
+    "nothing": ({"k": (2, 0, 2, 8), "v": (2, 0, 2, 8)}, "must have one of each at least"),
+    "an array for a mask": ({"mask": jnp.ones((7, 7), bool)}, "must be one of ops.mask; of an"),
+    "half of the angles": ({"angles": (jnp.zeros((1, 7, 4)), None)}, "or a pair of them, got"),
+    "a bias that is a mask": (
+        {"bias": jnp.ones((1, 1, 7, 7), bool)},
+        "bias is bool and must be of floating point",
+    ),
+    "epsilon": ({"norm": (Norm(jnp.ones(8), epsilon=0.0), None)}, "epsilon=0.0 for q must be"),
+    "an offset a row": (
+        {"mask": lambda: Causal(jnp.arange(7))},
+        "must be one integer for all rows",
+    ),
+    "a window's": (
+        {"mask": lambda: Window(1, 1, jnp.arange(7))},
+        "must be one integer for all rows",
+    ),
+    "half a token": (
+        {"mask": lambda: Prefix(3.5)},
+        r"Prefix.length is float32 of shape \(\) and must",
+    ),
+    "spans of one row": (
+        {"mask": lambda: Spans(jnp.arange(2), jnp.arange(2))},
+        r"Spans.start \(2,\) and Spans.stop \(2,\) must both be \[B, n\]",
+    ),
 }
 
 
@@ -222,9 +250,42 @@ BAD = {
 def test_bad_input_names_the_argument_and_the_rule(name, unchecked):
     changes, message = BAD[name]
     given = [jnp.zeros(changes.get(n, (2, 7, 2, 8))) for n in "qkv"]
-    options = {n: v for n, v in changes.items() if n not in "qkv"}
+    # A function makes what not even its own type takes.
+    makes = lambda v: isinstance(v, types.FunctionType)  # noqa: E731
+    options = {n: v() if makes(v) else v for n, v in changes.items() if n not in "qkv"}
     with pytest.raises(ValueError, match=message):
         attend(*given, **options)
+
+
+def test_numbers_and_lists_are_told_from_arrays(unchecked):
+    q = jnp.zeros((2, 7, 2, 8))
+    with pytest.raises(ValueError, match="q is int32 and must be of floating point"):
+        attend(q.astype(int), q, q)
+    with pytest.raises(ValueError, match="k has shape list and must be"):
+        attend(q, [1.0], q)
+
+
+FAR = {
+    "window": (Window(3, 2**31 - 1), Window(3, None)),
+    "causal": (Causal(2**31 - 1), Full()),
+    "prefix": (Prefix(2**31), Full()),
+    "as data": (Causal(jnp.array(2**31 - 1)), Full()),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_what_is_very_far_is_everything(name, key):
+    for impl in ("auto", "reference"):
+        found, expected = (attend(*arrays(key), mask=m, impl=impl) for m in FAR[name])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_row_whose_bias_leaves_no_key_weighs_nothing(key):
+    q, k, _ = arrays(key)
+    T, S = q.shape[1], k.shape[1]
+    bias = jnp.zeros((1, 1, T, S)).at[0, 0, 1].set(-jnp.inf)
+    found = weights(q, k, bias=bias)
+    assert not found[:, :, 1].any() and np.allclose(found[:, :, 0].sum(-1), 1)
 
 
 def test_ids_and_positions_are_of_rows_and_of_as_many_as_queries(unchecked):

@@ -99,6 +99,7 @@ CASES = {
         64, 64, mask=lambda T, S: BlockDiffusion(5) & Twice(Segments(ids(2, T // 2)))
     ),
     "scale and cap": Case(64, 64, scale=0.3, softcap=2.0),
+    "a high cap": Case(softcap=1e4),
     "bias": Case(64, 7, 64, 4, 2, bias=(2, 4)),
     "bias of all": Case(bias=(1, 1), mask=lambda T, S: Causal()),
     "alibi": Case(64, 64, 64, 6, 2, alibi=True),
@@ -127,7 +128,7 @@ MORE = (
     "alibi with a past", "all", "197 in half", "1025",
 )  # fmt: skip
 SOME = ("cross", "causal in half", "spans", "all")
-KERNEL = (*SOME, "causal, first rows empty", "alibi")
+KERNEL = (*SOME, "causal, first rows empty", "alibi", "a high cap")
 IMPLEMENTATIONS = {
     "reference": EVERY, "chunked": MORE, "auto": SOME, "tpu": KERNEL, "gpu": KERNEL,
 }  # fmt: skip

@@ -346,10 +346,12 @@ class Unmask:
         def nats_of(noisy, tokens):
             hides = (noisy == self.mask_id).astype(jnp.float32)
             size = self.block or tokens.shape[1]
-            share = hides.reshape(len(hides), -1, size).mean(-1).repeat(size, 1)
+            given = batch | {"tokens": tokens}
+            k, n = (x.reshape(len(x), -1, size).sum(-1) for x in (hides, self.hidden(given)))
+            share = (k / jnp.maximum(n, 1)).repeat(size, 1)
             made = Noisy(noisy, hides, share)
             options = {"mutable": ["losses"]}
-            return self._guess(apply, params, batch | {"tokens": tokens}, made, options)[0]
+            return self._guess(apply, params, given, made, options)[0]
 
         return nats_of
 
@@ -359,12 +361,7 @@ class Unmask:
         return self.block == 1 and self.shift
 
     def _noisy(self, tokens, key, hidden, draw, at=None) -> Noisy:
-        how: dict[str, Any] = {
-            "mask_id": self.mask_id,
-            "block": self.block,
-            "hidden": hidden,
-            "at": at,
-        }
+        how: Any = {"mask_id": self.mask_id, "block": self.block, "hidden": hidden, "at": at}
         if draw == "count":
             return by_count(tokens, key, **how)
         return by_time(tokens, key, schedule=self.schedule, **how)

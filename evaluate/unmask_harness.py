@@ -80,7 +80,8 @@ class UnmaskHarness(Harness):
     def _says(self, apply, params, segments) -> Callable[[Array, Array], Array]:
         """The denoiser of rows whose texts are `segments`."""
 
-        real = (segments > 0).mean(1)  # Padding is no part of a text, nor of its share.
+        # Padding is no part of a text, nor of its share.
+        real = jnp.maximum((segments > 0).sum(1), 1) / segments.shape[1]
 
         def denoise(tokens, share):
             given = {"share": share / real} if is_timed(self.trained.model) else {}

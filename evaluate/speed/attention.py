@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("layers", "kernels", "masks"),
         help="of the tpu ruler, which takes hours for all",
     )
-    parser.add_argument("--sides", nargs="+", choices=("ours", "splash", "XLA"))
+    parser.add_argument("--sides", nargs="+", choices=("ours", "splash", "flash", "XLA"))
     parser.add_argument(
         "--heads", nargs="+", type=int, help="sizes of a head, of the tpu ruler"
     )

@@ -156,6 +156,7 @@ def bytes_of_layers(
             row["temporaries_X"] = program.memory["temp"] / unit
             row["loops"] = len(program.traffic.loops)
             row["kernels"] = [k.name for k in program.kernels]
+            row["vmem"] = [program.traffic.vmem.get(name) for name in row["kernels"]]
             row["largest"] = [(size / unit, name) for size, _, name in program.traffic.rows[:4]]
             row["notes"] = [r for r in program.runs if isinstance(r, str)]
         print(_told(row, "X"), flush=True)
@@ -182,7 +183,7 @@ def ours(shape: Shape, mask: Mask | None = None, *, backward: bool) -> tuple[Cal
 
 
 def theirs(shape: Shape, attend: Callable, *, backward: bool) -> tuple[Callable, tuple]:
-    """Splash's kernels; backward holds the forward too, which `cycles` leaves out."""
+    """jax's kernels; backward holds the forward too, which `cycles` leaves out."""
 
     def fn(q, k, v, dy):
         y, pull = jax.vjp(attend, q, k, v)
@@ -192,10 +193,11 @@ def theirs(shape: Shape, attend: Callable, *, backward: bool) -> tuple[Callable,
 
 
 def cycles(program: Program, chip: str, shape: Shape, backward: bool) -> dict:
-    """Cycles a head of the kernels of one direction, and the use of the MXU's slots."""
+    """Cycles a head of the kernels of one direction, the use of the MXU's slots, and VMEM."""
     runs = list(zip(program.kernels, program.runs, strict=True))
     if backward:
-        runs = [(k, r) for k, r in runs if "fwd" not in k.name] or runs
+        forward = ("fwd", "jit_flash_attention")  # As splash and flash name them.
+        runs = [(k, r) for k, r in runs if not any(f in k.name for f in forward)] or runs
     known = [(k, r) for k, r in runs if isinstance(r, Run)]
     for kernel, run in runs:
         if not isinstance(run, Run):
@@ -207,6 +209,7 @@ def cycles(program: Program, chip: str, shape: Shape, backward: bool) -> dict:
     return {
         "cycles_a_head": total * CORES[chip] / (shape.B * shape.N),
         "MXU": mxu,
+        "vmem": [program.traffic.vmem.get(kernel.name) for kernel, _ in known],
         "bundles": [len(kernel.use) for kernel, _ in known],
         "steps": [max(int(n) for n in run.counts) for _, run in known],
     }
@@ -215,7 +218,7 @@ def cycles(program: Program, chip: str, shape: Shape, backward: bool) -> dict:
 def cycles_of_kernels(
     chips: Iterable[str], quick: bool, only: Collection[str], heads: Sequence[int] = (64, 128)
 ) -> list[dict]:
-    """Cycles a head of kernels by their final schedules, ours beside splash's."""
+    """Cycles a head of kernels by their final schedules, ours beside those of jax."""
     heads = (64,) if quick else heads
     jobs, rows = [], []
     for chip, H, backward in itertools.product(chips, heads, (False, True)):
@@ -223,10 +226,10 @@ def cycles_of_kernels(
             shape, row = Shape(T, H), {"chip": chip, "T": T, "H": H, "backward": backward}
             jobs.append(Job(chip, *ours(shape, backward=backward)))
             rows.append(row | {"side": "ours"})
-            if T in LENGTHS and "splash" in only:
-                attend = rivals.splash(T)
-                jobs.append(Job(chip, *theirs(shape, attend, backward=backward)))
-                rows.append(row | {"side": "splash"})
+            for side, make in (("splash", rivals.splash), ("flash", rivals.flash)):
+                if T in LENGTHS and side in only:
+                    jobs.append(Job(chip, *theirs(shape, make(T), backward=backward)))
+                    rows.append(row | {"side": side})
     return _cycles(jobs, rows)
 
 
@@ -303,7 +306,7 @@ def run(
     chips: Iterable[str],
     quick: bool,
     parts: Iterable[str] = tuple(PARTS),
-    sides: Iterable[str] = ("ours", "splash", "XLA"),
+    sides: Iterable[str] = ("ours", "splash", "flash", "XLA"),
     **which: Sequence,
 ) -> dict:
     """Everything that can be told of attention on TPUs from here, or some parts of it.

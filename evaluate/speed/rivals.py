@@ -1,5 +1,6 @@
-"""Attention of other hands, on `[B, T, N, H]` as ours is: jax's splash, XLA, cuDNN, tokamax."""
+"""Attention of other hands, on `[B, T, N, H]` as ours is: of jax, XLA, cuDNN, tokamax."""
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu import flash_attention, splash_attention
 
 # Splash's best (queries, keys, keys at a time) of a block: fewest cycles for v6e at H = 64,
 # found by `attention_tpu.search` among 256 (for T = 256), 1,024, 2,048 and T.
@@ -45,6 +46,21 @@ def splash_with(T: int, forward, backward=None, *, mask: np.ndarray | None = Non
         q = q * q.shape[-1] ** -0.5
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         return jnp.asarray(jax.vmap(kernel)(q, k, v)).swapaxes(1, 2)
+
+    return attend
+
+
+def flash(T: int) -> Callable:
+    """jax's flash attention, the elder of its two, by blocks of up to 1,024."""
+    b = min(T, 1024)
+    names = [f.name for f in dataclasses.fields(flash_attention.BlockSizes)]
+    sizes = flash_attention.BlockSizes(**{n: 1 if n == "block_b" else b for n in names})
+
+    def attend(q, k, v):
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5
+        y = flash_attention.flash_attention(q, k, v, sm_scale=scale, block_sizes=sizes)
+        return y.swapaxes(1, 2)
 
     return attend
 

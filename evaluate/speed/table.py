@@ -49,7 +49,8 @@ def _tpu(found: dict) -> list[str]:
     tables = []
     for part, (title, by, value) in TPU.items():
         rows = [r for r in found[part] if "mask" not in by or r["mask"]]
-        sides = ("ours", "splash", "XLA")[: 3 if part == "layers" else 2]
+        third = {"layers": ("XLA",), "kernels": ("flash",)}.get(part, ())
+        sides = ("ours", "splash", *third)
         if rows:
             table = _pivot(rows, by, sides, value, ratio=part == "kernels")
             tables.append(f"{title}\n\n{table}")

@@ -47,6 +47,7 @@ FLAGS = (
 USE = "final_hlo-static-per-bundle-utilization.txt"
 
 _LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",.*?"size":"(\d+)"')
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _LOOPS = {"while", "call", "conditional"}
 
@@ -55,12 +56,14 @@ _LOOPS = {"while", "call", "conditional"}
 class Traffic:
     """HBM bytes of a program; `rows` are (bytes, opcode, name), the largest first.
 
-    `loops`: instructions that hold others, of which each counts once or not at all.
+    `loops`: instructions that hold others, of which each counts once or not at all. `vmem`:
+    the bytes of it that each Pallas kernel uses.
     """
 
     bytes: int
     rows: list[tuple[int, str, str]]
     loops: list[str]
+    vmem: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,7 @@ def moved_bytes(program) -> Traffic:
     """
     text = program if isinstance(program, str) else program.as_text()
     sizes: dict[str, int] = {}
-    rows, loops = [], []
+    rows, loops, vmem = [], [], {}
     entry = text[text.index("\nENTRY") :]
     idle = _for_the_next_run(entry)
     for line in entry.splitlines():
@@ -136,6 +139,10 @@ def moved_bytes(program) -> Traffic:
             continue
         if opcode in _LOOPS:
             loops.append(name)
+        if opcode == "custom-call":  # Which may go on over some lines.
+            begun = entry.index(line)
+            if used := _VMEM.search(entry, begun, entry.find("\n  %", begun + len(line))):
+                vmem[name] = int(used.group(1))
         read = sum(sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))
         if opcode == "copy-start":  # gives (copy, original, context)
             written = shapes[0]
@@ -144,7 +151,7 @@ def moved_bytes(program) -> Traffic:
         else:
             written = 0 if opcode.endswith("-start") else sizes[name]
         rows.append((read + written, opcode, name))
-    return Traffic(sum(r[0] for r in rows), sorted(rows, reverse=True), loops)
+    return Traffic(sum(r[0] for r in rows), sorted(rows, reverse=True), loops, vmem)
 
 
 def _for_the_next_run(entry: str) -> set[str]:

@@ -11,7 +11,8 @@ import pytest
 from jaxformer.errors import InputError
 from jaxformer.lora import Lora
 from jaxformer.models.decoder import Decoder
-from jaxformer.objectives.unmask import Unmask, two_streams
+from jaxformer.models.mdlm import denoiser
+from jaxformer.objectives.unmask import Unmask, nats, two_streams
 from jaxformer.ops.attention import explain
 from tests.layers.test_block import randomized
 
@@ -86,3 +87,25 @@ def test_packed_rows_are_a_kernels(platform):
     name = {"tpu": "tpu", "cuda": "gpu"}[platform]
     assert f"forward: {name}" in told and f"backward: {name}" in told
     assert mask.intervals(2 * T, 2 * T).shape == (2, 4, 2 * T)
+
+
+def test_blocks_of_one_are_the_text_token_by_token():
+    """What each token costs, after those before it alone, is what a decoder asks."""
+    tokens, _, params = case()
+    hidden = jnp.full_like(tokens, MASK)
+    found = jax.jit(Unmask(MASK, block=1, chunk=None).costs(MODEL.apply, params, {}))
+    guess = jax.jit(denoiser(MODEL, params, block=1))
+    for i in range(T):
+        rows = jnp.where(jnp.arange(T)[None] < i, tokens, MASK)
+        expected = nats(guess(rows, jnp.ones(2)), tokens, MASK)[:, i]
+        chex.assert_trees_all_close(found(hidden, tokens)[:, i], expected, atol=1e-6)
+
+
+def test_blocks_of_one_with_a_shift_are_the_decoder_token_by_token():
+    tokens, _, params = case()
+    objective = Unmask(MASK, block=1, shift=True, chunk=None)
+    found = jax.jit(objective.costs(MODEL.apply, params, {}))(tokens, tokens)
+    logits = jax.jit(MODEL.clone(causal=True).apply)({"params": params}, tokens)
+    chex.assert_trees_all_close(
+        found[:, 1:], nats(logits[:, :-1], tokens[:, 1:], MASK), atol=1e-6
+    )

@@ -272,6 +272,21 @@ def test_guidance_of_none_is_none_and_more_is_more():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_what_is_drawn_with_guidance_has_its_law():
+    """Of two tokens in one step, each by its own logits."""
+    tokens = jnp.array([[0, MASK, MASK]])
+    sure = guided(truth, tokens != MASK, 1.5, MASK)(tokens, jnp.ones(1))[0, 1:, :V]
+    law = np.asarray(jax.nn.softmax(sure))
+    rows = jnp.tile(tokens, (ROWS, 1))
+    denoise = guided(truth, rows != MASK, 1.5, MASK)
+    run = jax.jit(functools.partial(sample, denoise, mask_id=MASK, show=Count(1)))
+    made = np.asarray(run(rows, jax.random.key(0)).tokens)
+    assert (made[:, 0] == 0).all()
+    for i in range(2):
+        found = np.bincount(made[:, 1 + i], minlength=V) / ROWS
+        assert (np.abs(found - law[i]) < 4 * np.sqrt(law[i] * (1 - law[i]) / ROWS) + 1e-3).all()
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_what_is_ruled_out_stays_so_with_guidance(scale):
     banned = jnp.where(jnp.arange(7) == 2, -jnp.inf, 0.0)[None, None]

@@ -38,9 +38,11 @@ def batched(primitive, args, dims, **params):
         return _loop(primitive, args, mapped, params)
     B = args[0].shape[mapped[0]]
 
+    learns = (back and not params["fixed_bias"]) or "wanted" in params
+
     def fold(x, kind, mapped):
         # A bias has the shape of its tangent and of its gradient: all are made whole.
-        whole = kind == "B" or (kind == "b" and (back or "wanted" in params))
+        whole = kind == "B" or (kind == "b" and learns)
         if kind == "0" or not (mapped or whole or x.shape[0] > 1):
             return x
         x = x if mapped else x[None]
@@ -49,7 +51,13 @@ def batched(primitive, args, dims, **params):
 
     params |= {"trees": _tiled(args, params["trees"], size)}
     whole = map(fold, args, kinds, mapped)
-    out = [x.reshape(size, B, *x.shape[1:]) for x in primitive.bind(*whole, **params)]
+
+    def unfold(x):
+        if x.shape[0] == size * B:
+            return x.reshape(size, B, *x.shape[1:])
+        return jnp.broadcast_to(x, (size, *x.shape))  # The gradient of a bias that has none.
+
+    out = [unfold(x) for x in primitive.bind(*whole, **params)]
     if back:
         shapes = [x.shape[m:] for x, m in zip(args, mapped, strict=True)]
         out = [

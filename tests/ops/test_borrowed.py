@@ -232,3 +232,18 @@ def test_explain_knows_a_gpu_by_either_name():
     assert cuda == gpu
     with pytest.raises(ValueError, match="platform='rocm' must be one of"):
         explain(shape, shape, platform="rocm")
+
+
+def test_a_bias_that_all_share_and_no_one_learns_is_not_repeated():
+    """Of five times two rows: neither it nor a gradient of it."""
+    x = jax.random.normal(jax.random.key(0), (5, 2, 6, 2, 8))
+    bias = jax.random.normal(jax.random.key(1), (1, 2, 6, 6))
+
+    def run(x, impl="auto"):
+        return jax.grad(lambda x: attend(x, x, x, bias=bias, impl=impl).sum())(x)
+
+    found = jax.jit(jax.vmap(run))(x)
+    expected = jnp.stack([run(row, "reference") for row in x])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    text = str(jax.make_jaxpr(jax.vmap(run))(x))
+    assert "attention_backward" in text and "f32[10,2,6,6]" not in text

@@ -127,6 +127,8 @@ def train(
             f"{_count(state.params):,} parameters, {made.mesh.size} "
             f"{made.mesh.devices.flat[0].device_kind} device(s), {experiment.steps} steps"
         )
+        if said := getattr(experiment.objective, "left_out", lambda _: "")(experiment.steps):
+            log.say(said)
         trace = stack.enter_context(_Trace(workdir / "profile", profile))
         preempted = stack.enter_context(Preempted())
         watchdog = stack.enter_context(Watchdog(patience))

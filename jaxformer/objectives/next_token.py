@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import metrics
 from jaxformer.errors import InputError
-from jaxformer.lora import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class NextToken:
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where a model sees what it is to guess, or has no row for an id."""
-        if not getattr(plain(model), "causal", True):
+        if not getattr(model, "causal", True):
             raise InputError(
                 "a model with causal=False sees the next token; set model.causal=True, or "
                 "learn by Unmask(block=1, shift=True)"

@@ -61,6 +61,15 @@ class Stages:
                 )
             getattr(stage, "check", lambda model, pipeline: None)(model, pipeline)
 
+    def left_out(self, steps: int) -> str:
+        """What a run of so many steps does not learn by, in a sentence; else nothing."""
+        if not self.until or self.until[-1] < steps:
+            return ""
+        return (
+            f"the last of {len(self.stages)} stages, which is what is measured, begins after "
+            f"step {self.until[-1]}, and this run ends at {steps}"
+        )
+
     def prepare(self, batch: dict, key: Array, step: Int[Array, ""]) -> dict:
         """With `stages`, the batch as each prepares it, and `stage`, whose turn it is."""
         made = []

@@ -25,7 +25,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformer import metrics
 from jaxformer.errors import InputError
-from jaxformer.lora import plain
 from jaxformer.objectives.next_token import scores, sown
 from jaxformer.objectives.schedules import Clipped, Linear, Schedule
 from jaxformer.objectives.times import times
@@ -233,7 +232,6 @@ class Unmask:
 
     def check(self, model: Any, pipeline: Any) -> None:
         """Raises InputError where mask, data and model do not fit."""
-        model = plain(model)
         if not 0 <= self.mask_id < model.vocab:
             raise InputError(
                 f"mask_id={self.mask_id} is no token of model.vocab={model.vocab}; the mask "

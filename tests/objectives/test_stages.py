@@ -90,6 +90,12 @@ def test_stages_without_an_order_are_told(stages, until, message):
         Stages(stages, until)
 
 
+def test_a_run_that_ends_before_the_last_stage_is_told():
+    stages = Stages((FIRST, THEN), (300,))
+    assert "after step 300, and this run ends at 300" in stages.left_out(300)
+    assert not stages.left_out(301) and not Stages((THEN,), ()).left_out(1)
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.errors import InputError
-from jaxformer.lora import Lora
 from jaxformer.models.decoder import Decoder
 from jaxformer.models.mdlm import denoiser
 from jaxformer.objectives.unmask import Unmask, nats, two_streams
@@ -36,12 +35,6 @@ def test_a_model_that_counts_places_of_a_row_is_refused(near):
         Unmask(MASK, block=4).check(model, PIPELINE)
     for objective in (Unmask(MASK), Unmask(MASK, block=1, shift=True)):
         objective.check(model, PIPELINE)
-
-
-def test_a_model_within_a_lora_is_asked_as_it_is_itself():
-    Unmask(MASK).check(Lora(MODEL), PIPELINE)
-    with pytest.raises(InputError, match=r"set model.causal=False"):
-        Unmask(MASK).check(Lora(MODEL.clone(causal=True)), PIPELINE)
 
 
 def test_a_text_as_long_as_the_model_is_read_twice():

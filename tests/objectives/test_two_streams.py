@@ -85,6 +85,7 @@ def test_packed_rows_are_a_kernels(platform):
 def test_blocks_of_one_are_the_text_token_by_token():
     """What each token costs, after those before it alone, is what a decoder asks."""
     tokens, _, params = case()
+    params = jax.tree.map(lambda x: x / 4, params)  # 2 to 3 nats each, of which 1e-6 is 4 ulp.
     hidden = jnp.full_like(tokens, MASK)
     found = jax.jit(Unmask(MASK, block=1, chunk=None).costs(MODEL.apply, params, {}))
     guess = jax.jit(denoiser(MODEL, params, block=1))

@@ -84,10 +84,17 @@ def test_a_layer_whose_heads_fill_no_lanes_moves_few_bytes():
     count_bytes("both", "v6e", True, 72)
 
 
-def count_bytes(what, chip, fused, H):
-    layer = Attention(num_heads=16, head_dim=H, qk_norm=RMSNorm if fused else None)
-    x = jax.ShapeDtypeStruct((16, 1024, 16 * H), jnp.bfloat16)
-    angles = jax.ShapeDtypeStruct((1, 1024, H // 2), jnp.float32) if fused else None
+@pytest.mark.slow
+@pytest.mark.parametrize("T, H", [(256, 128), (4096, 64), (4096, 128)])
+def test_a_layer_of_another_length_moves_few_bytes(T, H):
+    count_bytes("forward", "v6e", True, H, T)
+
+
+def count_bytes(what, chip, fused, H, T=1024):
+    N = 1024 // H if H > 72 else 16
+    layer = Attention(num_heads=N, head_dim=H, qk_norm=RMSNorm if fused else None)
+    x = jax.ShapeDtypeStruct((16_384 // T, T, N * H), jnp.bfloat16)
+    angles = jax.ShapeDtypeStruct((1, T, H // 2), jnp.float32) if fused else None
     weights = jax.eval_shape(layer.init, jax.random.key(0), x, angles=angles)
     weights = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, x.dtype), weights)
 

@@ -133,12 +133,7 @@ IMPLEMENTATIONS = {
     "reference": EVERY, "chunked": MORE, "auto": SOME, "tpu": KERNEL, "gpu": KERNEL,
 }  # fmt: skip
 # And who runs which besides, where slow tests run.
-LATER = (
-    "packed, cross", "spans, packed", "block diffusion", "block diffusion, packed",
-    "bias of all", "197 in half",
-    "layer norm and angles", "all in half",
-)  # fmt: skip
-BESIDES = {"chunked": EVERY, "tpu": LATER, "gpu": LATER}
+BESIDES = dict.fromkeys(IMPLEMENTATIONS, EVERY)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ from jaxformer.data.loader import Pipeline
 from jaxformer.data.sources import Record
 from jaxformer.data.tokenizer import Tokenizer
 from jaxformer.errors import InputError
-from jaxformer.lora import plain
 from jaxformer.models.mdlm import is_timed, shifted
 from jaxformer.objectives.unmask import by_count, nats, special
 from jaxformer.samplers.logits import Law
@@ -65,7 +64,8 @@ class UnmaskHarness(Harness):
                 "a model of block diffusion does not see what this asks of it, all at once; "
                 "ask one that learned without a block"
             )
-        vocab = plain(trained.model).vocab
+        model: Any = trained.model
+        vocab = model.vocab
         free = mask_id >= tokenizer.vocab or special(tokenizer, mask_id)
         if not 0 <= mask_id < vocab or not free:
             raise InputError(

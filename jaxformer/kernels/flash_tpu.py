@@ -42,7 +42,6 @@ from jaxformer.kernels.outputs import output
 LOW = -1e30  # Stands for -inf where the difference of two must not be NaN.
 ONES = 8  # Rows of ones below v^T.
 LEAST = tiles.LEAST
-PART = 512  # Keys, of which each part is a multiple.
 SHARE = 0.9  # Of VMEM, so much a kernel may hold;
 SPARE = 16 * 2**20  # and so many bytes more, where they are, the compiler in between.
 
@@ -190,7 +189,7 @@ def make_step(q, k, case, *, backward, widen=False, room=0) -> Step:
             step = fewer(step, 256)
             block, row = held(step, k, case, backward=backward)
     # Many heads of queries to a key, or of a bias: a part of the keys has to fit beside them.
-    while block + min(most, PART) * row > SHARE * vmem() and step.tile.queries > LANES:
+    while block + min(most, parts.GRAIN) * row > SHARE * vmem() and step.tile.queries > LANES:
         step = fewer(step, max(LANES, step.tile.queries // 2 // LANES * LANES))
         block, row = held(step, k, case, backward=backward)
     return step
@@ -232,13 +231,14 @@ def cut(q, k, case, interpret: Any = False, *, backward) -> list[parts.Part]:
     """
     step = make_step(q, k, case, backward=backward)
     block, row = held(step, k, case, backward=backward)
-    room, size = int(SHARE * vmem()), min(step.S, PART)
+    room, size = int(SHARE * vmem()), min(step.S, parts.GRAIN)
     if block + size * row > room and not interpret:
         raise NotImplementedError(
             f"{step.lanes.N} heads a step and {size} keys need {(block + size * row) >> 20} "
             f"MiB of VMEM, and there are {room >> 20}"
         )
-    return parts.cut(step.S, max(PART, (room - block) // row // PART * PART))
+    grains = (room - block) // row // parts.GRAIN
+    return parts.cut(step.S, max(1, grains) * parts.GRAIN)
 
 
 def vmem() -> int:

@@ -15,6 +15,8 @@ from jax import Array
 
 from jaxformer.kernels.case import Case, Gradients, Side
 
+GRAIN = 512  # Keys, of which all parts but the last are a multiple.
+
 
 class Part(NamedTuple):
     """`keys` of them, in the block `number` of those of `size` that the row is cut into."""
@@ -34,9 +36,9 @@ class Part(NamedTuple):
 
 
 def cut(S: int, most: int) -> list[Part]:
-    """`S` keys in parts of at most `most`, a multiple of 512 long but for the last."""
+    """`S` keys in parts of at most `most`, a multiple of `GRAIN` long but for the last."""
     count = -(-S // most)
-    size = S if count == 1 else min(-(-S // count // 512) * 512, max(most, 512))
+    size = S if count == 1 else min(-(-S // count // GRAIN) * GRAIN, max(most, GRAIN))
     return [Part(n, size, min(size, S - n * size)) for n in range(-(-S // size))]
 
 

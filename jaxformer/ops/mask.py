@@ -62,7 +62,9 @@ class Mask(struct.PyTreeNode):
 
     def ranges(self, q: Int[Array, " T"], S: int) -> Sequence[sets.Interval]:
         """`intervals` before they are stacked; `q` is all queries in order."""
-        raise NotImplementedError(f"{type(self).__name__} has no intervals")
+        if not self.doubled:
+            raise NotImplementedError(f"{type(self).__name__} has no intervals")
+        return [interval for half in self.halves(q, S) for interval in half]
 
     @property
     def pads(self) -> bool:
@@ -271,9 +273,6 @@ class BlockDiffusion(Mask):
         clean_clean = q_clean & k_clean & (k_block <= q_block)
         return (noisy_noisy | noisy_clean | clean_clean)[None]
 
-    def ranges(self, q, S):
-        return [i for half in self.halves(q, S) for i in half]
-
     @property
     def doubled(self):
         return True
@@ -302,26 +301,21 @@ class Twice(Mask):
         return self.mask.visible(q % halves[0], k % halves[1], halves)
 
     def ranges(self, q, S):
-        return _at_most_two([i for half in self.halves(q, S) for i in half], self)
+        return _at_most_two(super().ranges(q, S), self)
 
     @property
     def doubled(self):
         return True
 
     def halves(self, q, S):
-        half, noisy, clean = S // 2, [], []
-        for interval in self.mask.ranges(q[: q.size // 2], half):
-            start, stop = (jnp.asarray(bound, jnp.int32) for bound in interval)
-            # Its bounds may lie beyond the half, where the other one begins.
-            start, stop = (
-                jnp.concatenate(
-                    [jnp.broadcast_to(x.clip(0, half), (*x.shape[:-1], q.size // 2))] * 2, -1
-                )
-                for x in (start, stop)
-            )
-            noisy.append((start, stop))
-            clean.append((start + half, stop + half))
-        return noisy, clean
+        half, T = S // 2, q.size // 2
+
+        def twice(bound):
+            x = jnp.asarray(bound, jnp.int32).clip(0, half)  # Beyond it the other one begins.
+            return jnp.concatenate([jnp.broadcast_to(x, (*x.shape[:-1], T))] * 2, -1)
+
+        noisy = [(twice(a), twice(z)) for a, z in self.mask.ranges(q[:T], half)]
+        return noisy, [(a + half, z + half) for a, z in noisy]
 
     def check(self, T, S):
         if T % 2 or S % 2:
@@ -344,7 +338,7 @@ class And(Mask):
 
     def ranges(self, q, S):
         if self.a.doubled and self.b.doubled:
-            found = [i for half in self.halves(q, S) for i in half]
+            found = super().ranges(q, S)
         else:
             found = sets.both(self.a.ranges(q, S), self.b.ranges(q, S), S)
         return _at_most_two(found, self)
